@@ -1,0 +1,125 @@
+"""Conditioners that see their whole input: a residual perceptron, and a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pyro_nf._checks import check_count
+
+
+class MLP(nn.Module):
+    r"""A residual perceptron from ``(x, context)`` to ``(..., output_dim, num_params)``.
+
+    .. math::
+        h_1 = W_1 x + V c + b_1, \qquad
+        h_{l+1} = [h_l +] W_{l+1} \sigma(h_l) + b_{l+1}, \qquad
+        \theta = W \sigma(h_L) + b
+
+    with the skip :math:`[h_l +]` between hidden layers of the same width. The last layer starts at
+    zero, so that every transform that it conditions starts at the identity. The context enters as a
+    sum: its product with :math:`V` is taken before it is broadcast to the batch of ``x``.
+
+    Args:
+        input_dim: Width of ``x``; may be 0.
+        output_dim: How many coordinates get parameters.
+        num_params: How many parameters each of them gets.
+        context_dim: Width of the context, 0 for none.
+        hidden_dims: Widths of the hidden layers, at least one.
+        activation: Makes :math:`\sigma`.
+        residual: Whether layers of equal width are joined by a skip.
+
+    Raises:
+        ValueError: If there is no hidden layer, or nothing to see.
+
+    Example:
+        >>> import torch
+        >>> net = MLP(3, 2, 5, context_dim=4, hidden_dims=(16, 16))
+        >>> net(torch.zeros(7, 3), torch.zeros(4)).shape
+        torch.Size([7, 2, 5])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_params: int,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        if not hidden_dims:
+            raise ValueError("MLP: hidden_dims must name at least one hidden layer, got ().")
+        for width in hidden_dims:
+            check_count("MLP", "hidden_dims", width)
+        if input_dim + context_dim == 0:
+            raise ValueError("MLP: input_dim and context_dim are both 0; use Constant instead.")
+        self.output_shape = (output_dim, num_params)
+        self.activation = activation()
+        self.first = nn.Linear(input_dim, hidden_dims[0]) if input_dim else None
+        self.context = nn.Linear(context_dim, hidden_dims[0]) if context_dim else None
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden_dims))
+        self.skips = [residual and layer.in_features == layer.out_features for layer in self.hidden]
+        self.last = nn.Linear(hidden_dims[-1], output_dim * num_params)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        seen = [(self.first, x), (self.context, context)]
+        h = reduce(torch.add, [layer(value) for layer, value in seen if layer is not None])
+        for layer, skip in zip(self.hidden, self.skips, strict=True):
+            g = layer(self.activation(h))
+            h = h + g if skip else g
+        return self.last(self.activation(h)).unflatten(-1, self.output_shape)
+
+
+class Constant(nn.Module):
+    r"""Parameters that see no ``x``: free numbers, plus a perceptron of the context if any.
+
+    .. math:: \theta = \theta_0 + \operatorname{MLP}(c)
+
+    Args:
+        output_dim: How many coordinates get parameters.
+        num_params: How many parameters each of them gets.
+        context_dim: Width of the context, 0 for none.
+        hidden_dims: Widths of the hidden layers of the perceptron.
+        activation: Makes its activation.
+
+    Example:
+        >>> Constant(2, 5)(None).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        num_params: int,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(output_dim, num_params))
+        self.net = (
+            MLP(
+                0,
+                output_dim,
+                num_params,
+                context_dim,
+                hidden_dims=hidden_dims,
+                activation=activation,
+            )
+            if context_dim
+            else None
+        )
+
+    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        return self.value if self.net is None else self.value + self.net(x, context)

@@ -1,0 +1,48 @@
+"""Invertible maps of vectors, as Pyro transforms and torch modules at once."""
+
+from pyro_nf.transforms.base import Chain, Conditioned, FlowTransform, Inverse
+from pyro_nf.transforms.coupling import (
+    Coupling,
+    additive_coupling,
+    affine_coupling,
+    spline_coupling,
+)
+from pyro_nf.transforms.elementwise import (
+    Elementwise,
+    Exp,
+    Fixed,
+    LeakyReLU,
+    Sigmoid,
+    Softplus,
+    Softsign,
+    Tanh,
+    spline,
+)
+from pyro_nf.transforms.linear import ActNorm, LULinear
+from pyro_nf.transforms.permutation import Permutation
+from pyro_nf.transforms.planar import Planar, Radial
+
+__all__ = [
+    "ActNorm",
+    "Chain",
+    "Conditioned",
+    "Coupling",
+    "Elementwise",
+    "Exp",
+    "Fixed",
+    "FlowTransform",
+    "Inverse",
+    "LULinear",
+    "LeakyReLU",
+    "Permutation",
+    "Planar",
+    "Radial",
+    "Sigmoid",
+    "Softplus",
+    "Softsign",
+    "Tanh",
+    "additive_coupling",
+    "affine_coupling",
+    "spline",
+    "spline_coupling",
+]

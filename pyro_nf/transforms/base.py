@@ -1,0 +1,301 @@
+"""The contract of a transform, and the three ways to make one out of others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Literal, cast
+
+import torch
+from pyro.distributions import TransformModule, constraints
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+
+from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
+
+Fast = Literal["forward", "inverse", "both", "neither"]
+InverseKind = Literal["exact", "numeric"]
+
+
+class FlowTransform(TransformModule, ConditionalTransform):
+    r"""An invertible map with a cheap Jacobian determinant, :math:`y = T(x; c)`.
+
+    ``x`` is on the side of the base, ``y`` on the side of the data, ``c`` is the context. A
+    subclass writes two methods, each one pass:
+
+    - ``_forward_and_ladj(x, context)`` returns ``y`` and :math:`\log|\det \partial y/\partial x|`;
+    - ``_inverse_and_ladj(y, context)`` returns ``x`` and :math:`\log|\det \partial x/\partial y|`.
+
+    It gets ``x`` with the whole batch shape, ``context`` (or None) such that it broadcasts against
+    it, and returns a ladj that is summed over the event. This class makes the rest: checks,
+    broadcasting, the call, ``.inv``, ``.condition(context)``, ``log_abs_det_jacobian``.
+
+    It is a :class:`torch.distributions.Transform`, a :class:`torch.nn.Module` and a Pyro
+    ``ConditionalTransform`` at once. Nothing is cached: every call computes with the parameters as
+    they are. One class serves with context (``context_dim > 0``) and without.
+
+    Args:
+        input_dim: Size of the event, or None if any size will do.
+        context_dim: Width of the context, 0 for none.
+
+    Attributes:
+        fast: The direction that costs one pass ("forward", "inverse", "both", or "neither").
+        inverse_kind: Whether the inverse is "exact" or "numeric" (solved to a tolerance).
+
+    Raises:
+        ValueError: If a dimension makes no sense.
+    """
+
+    bijective = True
+    fast: Fast = "both"
+    inverse_kind: InverseKind = "exact"
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+
+    def __init__(self, input_dim: int | None, context_dim: int = 0) -> None:
+        super().__init__()
+        check_dims(type(self).__name__, input_dim, context_dim)
+        self.input_dim = input_dim
+        self.context_dim = context_dim
+
+    @abstractmethod
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns ``y`` and the forward ladj."""
+
+    @abstractmethod
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and the ladj of the inverse."""
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps base to data in one pass.
+
+        Args:
+            x: Points on the base side, shape ``(..., D)``.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
+
+        Returns:
+            ``y`` of shape ``(..., D)``, and :math:`\log|\det \partial y/\partial x|` without the
+            last dimension.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If an argument is not a floating tensor.
+        """
+        return self._forward_and_ladj(self._expand("x", x, context, self.domain), context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps data to base in one pass.
+
+        Args:
+            y: Points on the data side, shape ``(..., D)``.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``y``.
+
+        Returns:
+            ``x`` of shape ``(..., D)``, and :math:`\log|\det \partial x/\partial y|` without the
+            last dimension.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If an argument is not a floating tensor.
+        """
+        return self._inverse_and_ladj(self._expand("y", y, context, self.codomain), context)
+
+    def _expand(
+        self, name: str, value: Tensor, context: Tensor | None, space: constraints.Constraint
+    ) -> Tensor:
+        owner = type(self).__name__
+        check_event(owner, name, value, self.input_dim, space.event_dim)
+        check_context(owner, context, self.context_dim)
+        batch_shape = joint_batch_shape(owner, name, value, context, space.event_dim)
+        return value.expand(batch_shape + value.shape[value.dim() - space.event_dim :])
+
+    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Sets what can be set from data, and returns the data as the base side then sees them.
+
+        Args:
+            y: Data, shape ``(N, D)``.
+            context: Their contexts, shape ``(N, context_dim)``.
+
+        Returns:
+            ``x`` of shape ``(N, D)``.
+        """
+        with torch.no_grad():
+            return self.inverse_and_ladj(y, context)[0]
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """This transform with the context filled in; itself if it takes no context."""
+        return Conditioned(self, context) if self.context_dim else self
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The inverse as a Module with the same parameters."""
+        return Inverse(self)
+
+    # What torch.distributions.Transform asks for.
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Returns :math:`\log|\det \partial y/\partial x|`, by the direction that is fast.
+
+        Args:
+            x: Points on the base side, shape ``(..., D)``.
+            y: Their images, shape ``(..., D)``.
+        """
+        if self.fast == "inverse":
+            return -self.inverse_and_ladj(y)[1]
+        return self.forward_and_ladj(x)[1]
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """Returns itself: nothing is ever cached in a transform."""
+        return self
+
+    def clear_cache(self) -> None:
+        """Does nothing: nothing is ever cached in a transform."""
+
+
+class Inverse(FlowTransform):
+    """The inverse of a transform, with the same parameters and the directions exchanged.
+
+    Args:
+        transform: What to invert.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.transforms.permutation import Permutation
+        >>> Inverse(Permutation([2, 0, 1]))(torch.tensor([5.0, 6.0, 7.0])).tolist()
+        [6.0, 7.0, 5.0]
+    """
+
+    def __init__(self, transform: FlowTransform) -> None:
+        super().__init__(transform.input_dim, transform.context_dim)
+        swapped: dict[Fast, Fast] = {"forward": "inverse", "inverse": "forward"}
+        self.transform = transform
+        self.fast = swapped.get(transform.fast, transform.fast)
+        self.inverse_kind = transform.inverse_kind
+        self.domain, self.codomain = transform.codomain, transform.domain
+
+    @property
+    def inv(self) -> FlowTransform:
+        return self.transform
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x, context)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._forward_and_ladj(y, context)
+
+
+class Conditioned(FlowTransform):
+    """A transform with its context filled in; it takes none itself.
+
+    Args:
+        transform: A transform with ``context_dim > 0``.
+        context: Shape ``(..., context_dim)``.
+
+    Raises:
+        ValueError: If the context does not fit.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.transforms.coupling import affine_coupling
+        >>> affine_coupling(4, context_dim=2).condition(torch.zeros(5, 2))(torch.zeros(4)).shape
+        torch.Size([5, 4])
+    """
+
+    context: Tensor
+
+    def __init__(self, transform: FlowTransform, context: Tensor) -> None:
+        super().__init__(transform.input_dim)
+        check_context(type(transform).__name__, context, transform.context_dim)
+        self.transform = transform
+        self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
+        self.domain, self.codomain = transform.domain, transform.codomain
+        self.register_buffer("context", context, persistent=False)
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_ladj(x, self.context)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(y, self.context)
+
+
+class Chain(FlowTransform):
+    r"""One transform after the other, :math:`y = T_K(\dots T_2(T_1(x)))`; ladjs add up.
+
+    The context goes to the parts that take one. A direction is fast if it is fast in every part;
+    the inverse is exact if every part's is.
+
+    Args:
+        parts: Transforms in forward order, at least one.
+
+    Raises:
+        ValueError: If there is no part, or if neighbours do not fit.
+        TypeError: If a part is not a FlowTransform.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.transforms.permutation import Permutation
+        >>> chain = Chain([Permutation([1, 2, 0]), Permutation([1, 2, 0])])
+        >>> chain(torch.tensor([1.0, 2.0, 3.0])).tolist()
+        [3.0, 1.0, 2.0]
+    """
+
+    def __init__(self, parts: Iterable[FlowTransform]) -> None:
+        parts = list(parts)
+        for part in parts:
+            if not isinstance(part, FlowTransform):
+                raise TypeError(
+                    f"Chain: a part must be a FlowTransform, got {type(part).__name__}."
+                )
+        if not parts:
+            raise ValueError("Chain: needs at least one part, got none.")
+        input_dim = _common_dim("input_dim", [p.input_dim for p in parts if p.input_dim])
+        context_dim = _common_dim("context_dim", [p.context_dim for p in parts if p.context_dim])
+        super().__init__(input_dim, context_dim or 0)
+        self.parts = nn.ModuleList(parts)
+        self.fast = _common_way([part.fast for part in parts])
+        self.inverse_kind = (
+            "exact" if all(part.inverse_kind == "exact" for part in parts) else "numeric"
+        )
+        self.domain, self.codomain = parts[0].domain, parts[-1].codomain
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(())
+        for part in self._parts():
+            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
+            total = total + ladj
+        return x, total
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = y.new_zeros(())
+        for part in reversed(self._parts()):
+            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
+            total = total + ladj
+        return y, total
+
+    def _parts(self) -> list[FlowTransform]:
+        return cast("list[FlowTransform]", list(self.parts))
+
+    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        for part in reversed(self._parts()):
+            y = part.start_from_data(y, context if part.context_dim else None)
+        return y
+
+
+def _common_dim(name: str, dims: list[int]) -> int | None:
+    if len(set(dims)) > 1:
+        raise ValueError(f"Chain: all parts must share one {name}, got {dims}.")
+    return dims[0] if dims else None
+
+
+def _common_way(ways: list[Fast]) -> Fast:
+    forward = all(way in ("forward", "both") for way in ways)
+    inverse = all(way in ("inverse", "both") for way in ways)
+    if forward:
+        return "both" if inverse else "forward"
+    return "inverse" if inverse else "neither"

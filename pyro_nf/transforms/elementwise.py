@@ -1,0 +1,211 @@
+"""Every coordinate by itself: with parameters, and fixed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_nf.nn.mlp import Constant
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.univariate import fixed
+from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.spline import RationalQuadratic
+
+
+def _as_vector(constraint: constraints.Constraint) -> constraints.Constraint:
+    return (
+        constraints.real_vector
+        if constraint is constraints.real
+        else constraints.independent(constraint, 1)
+    )
+
+
+class Elementwise(FlowTransform):
+    r"""A univariate map on each coordinate, :math:`y_i = u(x_i; \theta_i(c))`.
+
+    Both directions are fast if the map has an exact inverse. Parameters are free numbers, plus a
+    perceptron of the context if there is one; at zero the transform is the identity.
+
+    Args:
+        univariate: The map :math:`u`.
+        input_dim: Size of the event.
+        context_dim: Width of the context, 0 for none.
+        hidden_dims: Widths of the hidden layers of the perceptron.
+        activation: Makes its activation.
+
+    Raises:
+        ValueError: If a dimension makes no sense.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.univariate.affine import Affine
+        >>> Elementwise(Affine(), 3)(torch.arange(3.0)).tolist()
+        [0.0, 1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        univariate: UnivariateMap,
+        input_dim: int,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        self.univariate = univariate
+        self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
+        self.domain = _as_vector(univariate.domain)
+        self.codomain = _as_vector(univariate.codomain)
+        self.net = Constant(
+            input_dim,
+            univariate.num_params,
+            context_dim,
+            hidden_dims=hidden_dims,
+            activation=activation,
+        )
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.univariate.forward_and_ladj(x, self._params(x, context))
+        return y, ladj.sum(-1)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, ladj = self.univariate.inverse_and_ladj(y, self._params(y, context))
+        return x, ladj.sum(-1)
+
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        params: Tensor = self.net(None, context)
+        return params.expand(*x.shape, params.shape[-1])
+
+
+class Fixed(FlowTransform):
+    """A univariate map without parameters on each coordinate of an event of any size."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.domain = _as_vector(self.univariate.domain)
+        self.codomain = _as_vector(self.univariate.codomain)
+
+    @property
+    @abstractmethod
+    def univariate(self) -> UnivariateMap:
+        """The map."""
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.univariate.forward_and_ladj(x, x.new_empty(*x.shape, 0))
+        return y, ladj.sum(-1)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, ladj = self.univariate.inverse_and_ladj(y, y.new_empty(*y.shape, 0))
+        return x, ladj.sum(-1)
+
+
+class Softsign(Fixed):
+    """:class:`pyro_nf.univariate.Softsign` on each coordinate: reals onto (-1, 1), exact inverse.
+
+    Example:
+        >>> import torch
+        >>> Softsign()(torch.tensor([1.0, -3.0])).tolist()
+        [0.5, -0.75]
+    """
+
+    univariate = fixed.Softsign()
+
+
+class Tanh(Fixed):
+    """:class:`pyro_nf.univariate.Tanh` on each coordinate: reals onto (-1, 1), exact inverse.
+
+    Example:
+        >>> import torch
+        >>> Tanh()(torch.zeros(2)).tolist()
+        [0.0, 0.0]
+    """
+
+    univariate = fixed.Tanh()
+
+
+class Sigmoid(Fixed):
+    """:class:`pyro_nf.univariate.Sigmoid` on each coordinate: reals onto (0, 1), exact inverse.
+
+    Example:
+        >>> import torch
+        >>> Sigmoid()(torch.zeros(2)).tolist()
+        [0.5, 0.5]
+    """
+
+    univariate = fixed.Sigmoid()
+
+
+class Exp(Fixed):
+    """:class:`pyro_nf.univariate.Exp` on each coordinate: reals onto positives, exact inverse.
+
+    Example:
+        >>> import torch
+        >>> Exp()(torch.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+
+    univariate = fixed.Exp()
+
+
+class Softplus(Fixed):
+    """:class:`pyro_nf.univariate.Softplus` on each coordinate: reals onto positives, exact inverse.
+
+    Example:
+        >>> import torch
+        >>> Softplus().inv(torch.tensor([0.6931472])).abs() < 1e-6
+        tensor([True])
+    """
+
+    univariate = fixed.Softplus()
+
+
+class LeakyReLU(Fixed):
+    """:class:`pyro_nf.univariate.LeakyReLU` on each coordinate, exact inverse.
+
+    Args:
+        slope: The slope of the negative half.
+
+    Raises:
+        ValueError: If ``slope`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> LeakyReLU(0.5)(torch.tensor([-2.0, 2.0])).tolist()
+        [-1.0, 2.0]
+    """
+
+    univariate = fixed.LeakyReLU()
+
+    def __init__(self, slope: float = 0.01) -> None:
+        super().__init__()
+        self.univariate = fixed.LeakyReLU(slope)
+
+
+def spline(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    count_bins: int = 8,
+    bound: float = 5.0,
+    hidden_dims: Sequence[int] = (64, 64),
+) -> Elementwise:
+    """An elementwise rational-quadratic spline; both directions fast, exact inverse.
+
+    Args:
+        input_dim: Size of the event.
+        context_dim: Width of the context, 0 for none.
+        count_bins: Bins of each spline.
+        bound: Half-width of the interval; the tails outside are the identity.
+        hidden_dims: Widths of the hidden layers that see the context.
+
+    Example:
+        >>> import torch
+        >>> spline(2)(torch.tensor([0.5, -7.0])).tolist()
+        [0.5, -7.0]
+    """
+    univariate = RationalQuadratic(count_bins, bound)
+    return Elementwise(univariate, input_dim, context_dim, hidden_dims=hidden_dims)
