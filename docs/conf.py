@@ -23,6 +23,7 @@ html_title = f"pyro_nf {version}"
 # The api page lists what the faces' __all__ name, in that order.
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autoclass_content = "class"
