@@ -1,0 +1,112 @@
+"""The state of a fit in a file, so that it goes on elsewhere as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
+
+KIND = "training checkpoint"
+
+
+@dataclass
+class TrainingState:
+    """All that decides how a fit goes on.
+
+    Attributes:
+        module: The state of the module.
+        best: Its best state so far.
+        optimizers: For each optimiser, for each parameter by index, its named state.
+        generators: The states of the random generators.
+        values: What JSON can hold: history, settings, counters.
+    """
+
+    module: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimizers: list[dict[int, dict[str, Any]]]
+    generators: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
+    """Write the state of a fit, all or nothing.
+
+    Args:
+        path: The file, replaced if it exists.
+        state: What to write.
+
+    Raises:
+        OSError: If the directory does not exist or cannot be written.
+    """
+    tensors = {
+        **{f"module/{name}": value for name, value in state.module.items()},
+        **{f"best/{name}": value for name, value in state.best.items()},
+        **{f"generator/{name}": value for name, value in state.generators.items()},
+    }
+    scalars: list[list[Any]] = []
+    for i, optimizer in enumerate(state.optimizers):
+        for p, entries in optimizer.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{i}/{p}/{name}"] = value
+                else:
+                    scalars.append([i, p, name, value])
+    header = state.values | {"optimizers": len(state.optimizers), "optimizer_scalars": scalars}
+    save_tensors(path, KIND, tensors, header)
+
+
+def load_state(
+    path: str | os.PathLike[str], module: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> TrainingState:
+    """Read what `save_state` wrote, and make sure that it belongs to this fit.
+
+    Args:
+        path: The file.
+        module: The state of the module that will go on, for its names and shapes.
+        settings: The settings of the fit that will go on.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, corrupt, of a newer version, of another architecture
+            or of a fit with other settings; the message lists what differs.
+    """
+    tensors, header = load_tensors(path, KIND)
+    source = f"the checkpoint {str(path)!r}"
+    parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "generator": {}}
+    optimizers: list[dict[int, dict[str, Any]]] = [{} for _ in range(header["optimizers"])]
+    for key, value in tensors.items():
+        part, name = key.split("/", 1)
+        if part == "optimizer":
+            i, p, name = name.split("/")
+            optimizers[int(i)].setdefault(int(p), {})[name] = value
+        else:
+            parts[part][name] = value
+    for i, p, name, scalar in header["optimizer_scalars"]:
+        optimizers[i].setdefault(p, {})[name] = scalar
+
+    check_same_tensors("train", module, parts["module"], source)
+    saved = header["settings"]
+    different = [
+        f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
+        for name in {**saved, **settings}
+        if saved.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"train: {source} is of a fit with other settings: {'; '.join(different)}. "
+            "Resume with the same settings, or give another file for a new fit."
+        )
+    device = next((value.device for value in module.values()), torch.device("cpu"))
+    return TrainingState(
+        module={name: value.to(device) for name, value in parts["module"].items()},
+        best={name: value.to(device) for name, value in parts["best"].items()},
+        optimizers=optimizers,
+        generators=parts["generator"],
+        values=header,
+    )

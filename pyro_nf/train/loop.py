@@ -1,0 +1,467 @@
+"""The one training loop: every fit of the library runs through `train`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from pyro_nf._storage import check_writable
+from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
+from pyro_nf.train.randomness import own_randomness, random_state, set_random_state
+
+MOST_BAD_STEPS = 10
+"""So many steps in a row with a loss or gradient that is not finite end the fit."""
+
+BAD_STEPS_BEFORE_RETREAT = 3
+"""After so many the parameters go back to the last good state: skipping alone does not help."""
+
+RETREAT = 0.5
+"""Factor on the learning rate after each retreat."""
+
+
+@dataclass
+class History:
+    """What happened in a fit.
+
+    Attributes:
+        losses: The loss of every step; nan for a step that was skipped.
+        learning_rates: The learning rate of the first parameter group at every step.
+        seconds: The clock at the end of every step, from the start of the fit.
+        checked_steps: The steps after which the metric was taken; 0 is the start.
+        checked_values: The metric there: the validation loss, or the mean loss of the last steps.
+        best_step: The step after which the metric was best; the fit ends with that state.
+        best_value: The metric there.
+        skipped: The steps that were skipped because the loss or the gradient was not finite.
+        stopped: Why the fit ended: ``"max_steps"``, ``"max_seconds"``, ``"patience"``,
+            ``"interrupted"``, or ``""`` while it runs.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    checked_steps: list[int] = field(default_factory=list)
+    checked_values: list[float] = field(default_factory=list)
+    best_step: int = 0
+    best_value: float = math.inf
+    skipped: list[int] = field(default_factory=list)
+    stopped: str = ""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken."""
+        return len(self.losses)
+
+
+def adam(
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+    learning_rate: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Adam with decoupled weight decay, fused into one kernel where torch has that.
+
+    The fused kernel is the largest cheap gain in the training of small networks.
+
+    *Decoupled Weight Decay Regularization* (Loshchilov, Hutter, 2019).
+
+    Args:
+        parameters: Parameters, or groups of them, as torch's optimisers take.
+        learning_rate: For the groups that bring none.
+        betas: Decay of the two moments.
+        weight_decay: For the groups that bring none; 0 is plain Adam.
+    """
+    groups: list[Any] = list(parameters)
+    tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in tensors)
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused or None
+    )
+
+
+def warm_cosine(warmup_steps: int = 20, last: float = 0.0) -> Callable[[int, float], float]:
+    r"""A learning rate that rises linearly, then falls along a half cosine.
+
+    .. math:: r(t, p) = \min\left(1, \tfrac{t + 1}{w}\right)
+        \left(\ell + (1 - \ell) \tfrac{1 + \cos \pi p}{2}\right)
+
+    Args:
+        warmup_steps: The steps :math:`w` of the rise.
+        last: The share :math:`\ell` of the rate that is left at the end.
+
+    Returns:
+        A function of the step :math:`t` and of the progress :math:`p` from 0 to 1.
+
+    Example:
+        >>> rate = warm_cosine(warmup_steps=10)
+        >>> rate(0, 0.0), rate(50, 0.5), rate(99, 1.0)
+        (0.1, 0.5, 0.0)
+    """
+
+    def rate(step: int, progress: float) -> float:
+        warmth = min(1.0, (step + 1) / max(warmup_steps, 1))
+        return warmth * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    return rate
+
+
+@dataclass
+class Stage:
+    """A part of a fit: what it minimises, over which parameters, and for which share of the budget.
+
+    Attributes:
+        loss: Takes a batch, returns a scalar tensor.
+        optimizer: Holds the parameters and their learning rates.
+        schedule: Factor on the learning rates, from the step and the progress of this stage.
+        share: Its weight in the division of the budget among the stages.
+    """
+
+    loss: Callable[[Any], Tensor]
+    optimizer: Optimizer
+    schedule: Callable[[int, float], float] = field(default_factory=warm_cosine)
+    share: float = 1.0
+
+
+class Minibatches:
+    """Shuffled batches of the rows of some tensors, one pass over the rows after the other.
+
+    The last rows of a pass that do not fill a batch are left out of that pass.
+
+    Args:
+        tensors: Tensors with the same number of rows; None stays None.
+        batch_size: Rows in a batch; at most all of them.
+        seed: Seed of the order, which is the batches' own: a resumed fit sees the same one.
+
+    Raises:
+        ValueError: If ``batch_size`` is not positive.
+
+    Example:
+        >>> batches = iter(Minibatches((torch.arange(6.0),), batch_size=2))
+        >>> len({float(v) for _ in range(3) for v in next(batches)[0]})
+        6
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], batch_size: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Minibatches: batch_size is {batch_size}, wanted at least 1.")
+        self.tensors = tuple(tensors)
+        self.rows = next(len(t) for t in self.tensors if t is not None)
+        self.batch_size = min(batch_size, self.rows)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, ...]]:
+        order = torch.randperm(self.rows, generator=self.generator)
+        for i in range(0, self.rows - self.batch_size + 1, self.batch_size):
+            rows = order[i : i + self.batch_size]
+            yield tuple(None if t is None else t[rows.to(t.device)] for t in self.tensors)
+
+
+def train(
+    module: nn.Module,
+    stages: Sequence[Stage] | Stage,
+    *,
+    batches: Iterable[Any] = (None,),
+    validate: Callable[[], float] | None = None,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    check_every: int = 50,
+    patience: int | None = None,
+    max_grad_norm: float | None = 10.0,
+    seed: int | None = 0,
+    progress: bool = True,
+    metric: str = "loss",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
+    settings: Mapping[str, Any] | None = None,
+    explain: Callable[[Any], str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> History:
+    r"""Minimise a loss, keep the best state, and leave the module in it.
+
+    The progress that the schedules follow is
+    :math:`\max(\text{step} / \text{max\_steps}, \text{seconds} / \text{max\_seconds})`. Every
+    ``check_every`` steps the metric is taken: ``validate()`` in eval mode and without gradients, or
+    else the mean loss since the last check. The best state is copied in memory and put back
+    at the end, whatever ends the fit: the budget, patience, Ctrl-C or an error.
+
+    A step whose loss or gradient is not finite is skipped. After three such steps in a row the
+    parameters go back to the last good state and the learning rate is halved; after ten the fit
+    ends with an error.
+
+    Args:
+        module: What is trained; its ``state_dict`` is what is kept and restored.
+        stages: One stage, or several that run one after the other.
+        batches: Gives the batches; it is started again when it is exhausted.
+        validate: Returns the number that is to be small; it decides the best state.
+        max_steps: The most steps.
+        max_seconds: The most seconds of the clock, those before a resume included.
+        check_every: Steps between two checks.
+        patience: Stop after so many steps without a better metric; None for never.
+        max_grad_norm: The norm that gradients are clipped to; None for no clipping.
+        seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
+        progress: Whether to show a progress bar.
+        metric: Name of the metric in the bar and in messages.
+        checkpoint: A file for the state of the fit. If it exists the fit goes on from there, and
+            with ``max_steps`` ends exactly as an uninterrupted one.
+        checkpoint_every: Steps between two writes of it, rounded up to a check.
+        settings: What must be the same when a fit is resumed; anything that JSON can hold.
+        explain: Takes the batch whose loss was not finite and says what may be wrong with it.
+        clock: Returns the seconds that ``max_seconds`` counts.
+
+    Returns:
+        The history.
+
+    Raises:
+        ValueError: If there is no budget, the checkpoint is of another fit, or the loss is not
+            finite for ten steps in a row.
+        OSError: If the checkpoint cannot be written.
+
+    Example:
+        >>> line = nn.Linear(1, 1)
+        >>> x = torch.linspace(-1, 1, 32)[:, None]
+        >>> stage = Stage(lambda _: (line(x) - 3 * x).square().mean(), adam(line.parameters(), 0.1))
+        >>> history = train(line, stage, max_steps=200, progress=False)
+        >>> history.stopped, round(line.weight.item(), 2)
+        ('max_steps', 3.0)
+    """
+    stages = [stages] if isinstance(stages, Stage) else list(stages)
+    if max_steps is None and max_seconds is None:
+        raise ValueError("train: there is no budget; give max_steps, max_seconds or both.")
+    for name, value in (("max_steps", max_steps), ("check_every", check_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"train: {name} is {value}, wanted at least 1.")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"train: max_seconds is {max_seconds}, wanted more than 0.")
+    if checkpoint is not None:
+        check_writable(checkpoint)
+
+    budget = _Budget(max_steps, max_seconds, clock)
+    run = _Run(module, stages, validate, metric, dict(settings or {}) | {"seed": seed}, explain)
+    history = run.history
+    was_training = module.training
+    bar = tqdm(total=max_steps, disable=not progress, unit="step")
+    try:
+        with own_randomness(seed):
+            if checkpoint is not None and os.path.exists(checkpoint):
+                run.read(checkpoint)
+            elif validate is not None:
+                run.check()  # the start counts too: a fit never ends worse than it began
+            bar.update(history.steps)
+            budget.start(seconds_before=history.seconds[-1] if history.seconds else 0.0)
+            written = history.steps
+            source = islice(_again_and_again(batches), history.steps, None)
+            history.stopped = ""
+            module.train()
+            while not (reason := budget.spent(history) or _out_of_patience(history, patience)):
+                run.one_step(next(source), budget, max_grad_norm)
+                bar.update()
+                if history.steps % check_every == 0:
+                    run.check()
+                    bar.set_postfix_str(f"{metric} {history.checked_values[-1]:.4f}", refresh=False)
+                    if checkpoint is not None and history.steps >= written + checkpoint_every:
+                        run.write(checkpoint)
+                        written = history.steps
+            history.stopped = reason
+            if checkpoint is not None and history.steps > written and run.is_checked:
+                run.write(checkpoint)
+            run.check()
+    except KeyboardInterrupt:
+        history.stopped = "interrupted"
+        with own_randomness(seed):
+            run.check()  # what was learned since the last check is kept if it is better
+    finally:
+        _load(module, run.best)
+        module.train(was_training)
+        bar.close()
+    return history
+
+
+class _Budget:
+    """How much of a fit is done, in steps or in seconds, whichever is further."""
+
+    def __init__(
+        self, max_steps: int | None, max_seconds: float | None, clock: Callable[[], float]
+    ) -> None:
+        self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
+
+    def start(self, seconds_before: float) -> None:
+        self._zero = self.clock() - seconds_before
+
+    def seconds(self) -> float:
+        return self.clock() - self._zero
+
+    def progress(self, step: int) -> float:
+        by_steps = step / self.max_steps if self.max_steps else 0.0
+        by_seconds = self.seconds() / self.max_seconds if self.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_seconds))
+
+    def spent(self, history: History) -> str:
+        if self.max_steps is not None and history.steps >= self.max_steps:
+            return "max_steps"
+        if self.max_seconds is not None and self.seconds() >= self.max_seconds:
+            return "max_seconds"
+        return ""
+
+
+class _Run:
+    """What a fit holds beside the module: all that a checkpoint has to keep."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stages: list[Stage],
+        validate: Callable[[], float] | None,
+        metric: str,
+        settings: dict[str, Any],
+        explain: Callable[[Any], str] | None,
+    ) -> None:
+        self.module, self.stages, self.validate = module, stages, validate
+        self.metric, self.settings, self.explain = metric, settings, explain
+        self.history = History()
+        self.best = _copy(module)
+        self.rate_factor = 1.0
+        self.bad_steps = 0
+        self.full_rates = [[g["lr"] for g in stage.optimizer.param_groups] for stage in stages]
+        ends = [sum(stage.share for stage in stages[: i + 1]) for i in range(len(stages))]
+        self.ends = [end / ends[-1] for end in ends]
+
+    def one_step(self, batch: Any, budget: _Budget, max_grad_norm: float | None) -> None:
+        history = self.history
+        step = history.steps
+        progress = budget.progress(step)
+        i = min(sum(progress >= end for end in self.ends), len(self.stages) - 1)
+        stage, optimizer = self.stages[i], self.stages[i].optimizer
+        start = self.ends[i - 1] if i else 0.0
+        factor = self.rate_factor * stage.schedule(
+            step, (progress - start) / (self.ends[i] - start)
+        )
+        for group, rate in zip(optimizer.param_groups, self.full_rates[i], strict=True):
+            group["lr"] = factor * rate
+
+        optimizer.zero_grad()
+        loss = stage.loss(batch)
+        value = loss.item()
+        good = math.isfinite(value)
+        if good:
+            loss.backward()
+            if max_grad_norm is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                good = bool(nn.utils.clip_grad_norm_(parameters, max_grad_norm).isfinite())
+        if good:
+            optimizer.step()
+            self.bad_steps = 0
+        else:
+            self._skip(step, value, batch, optimizer)
+        history.losses.append(value if good else math.nan)
+        history.learning_rates.append(optimizer.param_groups[0]["lr"])
+        history.seconds.append(budget.seconds())
+
+    def _skip(self, step: int, value: float, batch: Any, optimizer: Optimizer) -> None:
+        self.history.skipped.append(step)
+        self.bad_steps += 1
+        if self.bad_steps == BAD_STEPS_BEFORE_RETREAT:
+            _load(self.module, self.best)
+            optimizer.state.clear()
+            self.rate_factor *= RETREAT
+        if self.bad_steps == MOST_BAD_STEPS:
+            what = "the gradient" if math.isfinite(value) else f"the {self.metric} ({value})"
+            reason = f" {self.explain(batch)}" if self.explain is not None else ""
+            raise ValueError(
+                f"train: {what} is not finite at step {step}, for {MOST_BAD_STEPS} steps in a row."
+                f"{reason} The state of step {self.history.best_step} was put back; look at "
+                "the data and the model there, or lower the learning rate."
+            )
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the metric of the present step is known."""
+        checked = self.history.checked_steps
+        return bool(checked) and checked[-1] == self.history.steps
+
+    def check(self) -> None:
+        """Take the metric, and keep the state if it is the best so far."""
+        history = self.history
+        if self.is_checked:
+            return
+        if self.validate is not None:
+            self.module.eval()
+            with torch.no_grad():
+                value = self.validate()
+            self.module.train()
+        else:
+            since = history.checked_steps[-1] if history.checked_steps else 0
+            finite = [loss for loss in history.losses[since:] if math.isfinite(loss)]
+            value = sum(finite) / len(finite) if finite else math.nan
+        history.checked_steps.append(history.steps)
+        history.checked_values.append(value)
+        if value < history.best_value:
+            history.best_value, history.best_step = value, history.steps
+            self.best = _copy(self.module)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        generators, generator_values = random_state()
+        state = TrainingState(
+            module=_copy(self.module),
+            best=self.best,
+            optimizers=[stage.optimizer.state_dict()["state"] for stage in self.stages],
+            generators=generators,
+            values={
+                "history": asdict(self.history),
+                "rate_factor": self.rate_factor,
+                "bad_steps": self.bad_steps,
+                "generators": generator_values,
+                "settings": self.settings,
+            },
+        )
+        try:
+            save_state(path, state)
+        except OSError as error:  # a full disk must not cost the hours that are in memory
+            warnings.warn(f"train: the fit goes on without this checkpoint. {error}", stacklevel=3)
+
+    def read(self, path: str | os.PathLike[str]) -> None:
+        state = load_state(path, _copy(self.module), self.settings)
+        _load(self.module, state.module)
+        self.best = state.best
+        for stage, saved in zip(self.stages, state.optimizers, strict=True):
+            groups = stage.optimizer.state_dict()["param_groups"]
+            stage.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        values = state.values
+        self.history.__dict__.update(values["history"])
+        self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
+        set_random_state(state.generators, values["generators"])
+
+
+def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        count = 0
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
+            yield batch
+        if count == 0:
+            raise ValueError(
+                "train: batches gave no batch. Give an iterable that can be started again "
+                "(a list, a DataLoader), not an iterator that ends."
+            )
+
+
+def _out_of_patience(history: History, patience: int | None) -> str:
+    waited = history.steps - history.best_step
+    return "patience" if patience is not None and waited >= patience else ""
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: value.detach().clone() for name, value in state.items() if torch.is_tensor(value)}
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.load_state_dict(state, strict=False)
