@@ -67,4 +67,4 @@ def test_every_public_room_is_in_the_api_page() -> None:
         if re.fullmatch(r"pyro_nf\.[a-z]+", name)
         and hasattr(importlib.import_module(name), "__all__")
     }
-    assert listed == rooms | {"pyro_nf"}
+    assert not rooms - listed, "docs/api.md needs an automodule line for each of these"
