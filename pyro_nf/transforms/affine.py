@@ -1,0 +1,161 @@
+"""Affine maps of the whole event: the Gaussian part of a posterior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyro_nf._checks import check_count
+from pyro_nf.transforms.base import FlowTransform
+
+
+class LowerAffine(FlowTransform):
+    r"""A full lower-triangular affine map, :math:`y = m + L x`.
+
+    ``L`` has the diagonal :math:`e^{s}`, so that the ladj is :math:`\sum s`. Applied to standard
+    normals it is the full-rank Gaussian. Both directions cost :math:`D^2` a point, the inverse by a
+    triangular solve, exact. At zero parameters it is the identity.
+
+    *Automatic Differentiation Variational Inference* (Kucukelbir, Tran, Ranganath, Gelman, Blei,
+    2017).
+
+    Args:
+        input_dim: Size of the event.
+
+    Raises:
+        ValueError: If the dimension makes no sense.
+
+    Example:
+        >>> import torch
+        >>> LowerAffine(2)(torch.tensor([1.0, 2.0])).tolist()
+        [1.0, 2.0]
+    """
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim)
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+        self.triangle = nn.Parameter(torch.zeros(input_dim, input_dim))
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L, shape ``(D, D)``."""
+        return self.triangle.tril(-1) + self.log_diagonal.exp().diag_embed()
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = self.loc + x @ self.scale_tril.mT
+        return y, self.log_diagonal.sum().expand(x.shape[:-1])
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = _solve_rows(self.scale_tril, y - self.loc)
+        return x, -self.log_diagonal.sum().expand(y.shape[:-1])
+
+
+class LowRankAffine(FlowTransform):
+    r"""An affine map that is full in a learned subspace and diagonal outside of it.
+
+    .. math:: y = m + e^{s} \odot (x + Q (T - I) Q^\top x)
+
+    ``Q (D, r)`` has orthonormal columns (the QR factor of a free matrix) and ``T (r, r)`` is lower
+    triangular with the diagonal :math:`e^{t}`. The determinant is :math:`\prod e^s \prod e^t`; the
+    inverse has the same form with :math:`T^{-1}`, so both directions cost :math:`D r` a point. At
+    zero ``m``, ``s`` and ``T`` it is the identity, whatever the subspace.
+
+    Args:
+        input_dim: Size of the event.
+        rank: r, at most ``input_dim``.
+        seed: Of the subspace at the start.
+
+    Raises:
+        ValueError: If a dimension makes no sense.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(5, 100)
+        >>> torch.allclose(LowRankAffine(100, 4)(x), x, atol=1e-5)
+        True
+    """
+
+    def __init__(self, input_dim: int, rank: int = 16, *, seed: int = 0) -> None:
+        super().__init__(input_dim)
+        check_count("LowRankAffine", "rank", rank)
+        generator = torch.Generator().manual_seed(seed)
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
+        rank = min(rank, input_dim)
+        self.subspace = nn.Parameter(torch.randn(input_dim, rank, generator=generator))
+        self.log_inner_diagonal = nn.Parameter(torch.zeros(rank))
+        self.inner_triangle = nn.Parameter(torch.zeros(rank, rank))
+
+    def _inner(self) -> tuple[Tensor, Tensor, Tensor]:
+        Q = torch.linalg.qr(self.subspace)[0]
+        T = self.inner_triangle.tril(-1) + self.log_inner_diagonal.exp().diag_embed()
+        return Q, T, self.log_diagonal.sum() + self.log_inner_diagonal.sum()
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        Q, T, ladj = self._inner()
+        inside = x @ Q
+        y = self.loc + self.log_diagonal.exp() * (x + (inside @ T.mT - inside) @ Q.mT)
+        return y, ladj.expand(x.shape[:-1])
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        Q, T, ladj = self._inner()
+        x = (y - self.loc) * (-self.log_diagonal).exp()
+        inside = x @ Q
+        return x + (_solve_rows(T, inside) - inside) @ Q.mT, -ladj.expand(y.shape[:-1])
+
+
+class FixedAffine(FlowTransform):
+    r"""A given affine map, :math:`y = m_0 + L_0 x`: the coordinates in which to learn.
+
+    Both directions are exact. It is a buffer: it travels with ``state_dict`` and is not learned.
+
+    Args:
+        loc: Shape ``(D,)``.
+        scale: Lower triangular ``(D, D)`` or the diagonal ``(D,)``; the diagonal is positive.
+
+    Raises:
+        ValueError: If a shape is wrong or the diagonal is not positive.
+
+    Example:
+        >>> import torch
+        >>> FixedAffine(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 3.0]))(torch.ones(2)).tolist()
+        [3.0, 3.0]
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(len(loc))
+        if scale.shape not in (loc.shape, loc.shape * 2):
+            raise ValueError(
+                f"FixedAffine: scale has shape {tuple(scale.shape)}, but loc has shape "
+                f"{tuple(loc.shape)}: pass a diagonal of that shape, or a square matrix."
+            )
+        diagonal = scale if scale.dim() == 1 else scale.diagonal()
+        if not bool((diagonal > 0).all()):
+            raise ValueError("FixedAffine: the diagonal of scale must be positive.")
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer(
+            "scale", (scale if scale.dim() == 1 else scale.tril()).detach().clone()
+        )
+
+    def _ladj(self) -> Tensor:
+        return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        scaled = self.scale * x if self.scale.dim() == 1 else x @ self.scale.mT
+        return self.loc + scaled, self._ladj().expand(x.shape[:-1])
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        centred = y - self.loc
+        x = centred / self.scale if self.scale.dim() == 1 else _solve_rows(self.scale, centred)
+        return x, -self._ladj().expand(y.shape[:-1])
+
+
+def _solve_rows(lower: Tensor, rows: Tensor) -> Tensor:
+    """x (..., D) with L x = row for every row: X L^T = R, solved from the right."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    x = torch.linalg.solve_triangular(lower.mT, flat, upper=True, left=False)
+    return x.reshape(rows.shape)
