@@ -1,1 +1,21 @@
-"""Flows and their recipes."""
+"""Flows, and the recipes that make the classic ones."""
+
+from pyro_nf.flows.base import Base, DiagonalNormal
+from pyro_nf.flows.distribution import FlowDistribution
+from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.recipes import gaussian, glow, iaf, maf, nice, nsf, planar, realnvp
+
+__all__ = [
+    "Base",
+    "DiagonalNormal",
+    "Flow",
+    "FlowDistribution",
+    "gaussian",
+    "glow",
+    "iaf",
+    "maf",
+    "nice",
+    "nsf",
+    "planar",
+    "realnvp",
+]

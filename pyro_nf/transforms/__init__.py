@@ -1,5 +1,10 @@
 """Invertible maps of vectors, as Pyro transforms and torch modules at once."""
 
+from pyro_nf.transforms.autoregressive import (
+    Autoregressive,
+    affine_autoregressive,
+    spline_autoregressive,
+)
 from pyro_nf.transforms.base import Chain, Conditioned, FlowTransform, Inverse
 from pyro_nf.transforms.coupling import (
     Coupling,
@@ -24,6 +29,7 @@ from pyro_nf.transforms.planar import Planar, Radial
 
 __all__ = [
     "ActNorm",
+    "Autoregressive",
     "Chain",
     "Conditioned",
     "Coupling",
@@ -42,7 +48,9 @@ __all__ = [
     "Softsign",
     "Tanh",
     "additive_coupling",
+    "affine_autoregressive",
     "affine_coupling",
     "spline",
+    "spline_autoregressive",
     "spline_coupling",
 ]

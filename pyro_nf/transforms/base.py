@@ -10,11 +10,17 @@ import torch
 from pyro.distributions import TransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
+from torch.distributions.constraints import independent
 
 from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
 
 Fast = Literal["forward", "inverse", "both", "neither"]
 InverseKind = Literal["exact", "numeric"]
+
+
+def over_vectors(space: constraints.Constraint) -> constraints.Constraint:
+    """The space of vectors whose every coordinate is in ``space``."""
+    return constraints.real_vector if space is constraints.real else independent(space, 1)
 
 
 class FlowTransform(TransformModule, ConditionalTransform):

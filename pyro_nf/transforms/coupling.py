@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.mlp import MLP, Constant
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import Chain, FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.base import UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
@@ -57,6 +57,8 @@ class Coupling(FlowTransform):
         super().__init__(input_dim, context_dim)
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
+        self.domain = over_vectors(univariate.domain)
+        self.codomain = over_vectors(univariate.codomain)
         self.swap = swap
         passing = input_dim // 2
         self.sizes = (input_dim - passing, passing) if swap else (passing, input_dim - passing)

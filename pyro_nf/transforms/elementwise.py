@@ -5,22 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_nf.nn.mlp import Constant
-from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate import fixed
 from pyro_nf.univariate.base import UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
-
-
-def _as_vector(constraint: constraints.Constraint) -> constraints.Constraint:
-    return (
-        constraints.real_vector
-        if constraint is constraints.real
-        else constraints.independent(constraint, 1)
-    )
 
 
 class Elementwise(FlowTransform):
@@ -58,8 +49,8 @@ class Elementwise(FlowTransform):
         super().__init__(input_dim, context_dim)
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
-        self.domain = _as_vector(univariate.domain)
-        self.codomain = _as_vector(univariate.codomain)
+        self.domain = over_vectors(univariate.domain)
+        self.codomain = over_vectors(univariate.codomain)
         self.net = Constant(
             input_dim,
             univariate.num_params,
@@ -86,8 +77,8 @@ class Fixed(FlowTransform):
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.domain = _as_vector(self.univariate.domain)
-        self.codomain = _as_vector(self.univariate.codomain)
+        self.domain = over_vectors(self.univariate.domain)
+        self.codomain = over_vectors(self.univariate.codomain)
 
     @property
     @abstractmethod

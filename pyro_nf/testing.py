@@ -1,0 +1,514 @@
+"""The laws that every map, transform and flow obeys, for the tests of this library and of yours.
+
+Each law is a function that raises ``AssertionError`` and says what differs. ``check_univariate``,
+``check_transform`` and ``check_flow`` run all that apply, with random weights and in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.func import functional_call, jacrev, vmap
+
+from pyro_nf.flows.flow import Flow
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.univariate.base import UnivariateMap
+
+M = TypeVar("M", bound=nn.Module)
+
+# The dimension of events when a transform takes any.
+ANY_DIM = 3
+BATCH_SHAPES = ((), (1,), (4,), (2, 3), (0,))
+# Round trips: exact inverse, numeric inverse, and float32 where the input is of order one.
+EXACT, NUMERIC, SINGLE = 1e-9, 1e-8, 1e-4
+# The largest error of a log-determinant against autograd's.
+LADJ = 1e-8
+
+
+def randomize(module: M, scale: float = 0.3, seed: int = 0) -> M:
+    """Moves every parameter away from its start, by noise that keeps activations of order one.
+
+    Args:
+        module: What to change, in place.
+        scale: Standard deviation of the noise, divided by the root of the fan-in.
+        seed: Seed of the noise.
+
+    Example:
+        >>> from pyro_nf.transforms.linear import ActNorm
+        >>> bool((randomize(ActNorm(2)).bias == 0).any())
+        False
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((scale / max(fan_in, 1) ** 0.5 * noise).to(parameter))
+    return module
+
+
+def points(
+    space: constraints.Constraint,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> Tensor:
+    """Random points of a space, of order one before they are mapped into it.
+
+    Args:
+        space: The constraint that they satisfy.
+        shape: Their shape.
+        dtype: Their dtype.
+        seed: Seed of the draw.
+
+    Example:
+        >>> from pyro.distributions import constraints
+        >>> bool((points(constraints.positive, (3,)) > 0).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return biject_to(space)(noise).to(dtype)
+
+
+def _close(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert got.shape == wanted.shape, (
+        f"{what}: shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+    )
+    if got.numel():
+        error = ((got - wanted).abs() / wanted.abs().clamp_min(1.0)).max().item()
+        assert error <= tolerance, f"{what}: off by {error:.3g}, tolerance {tolerance:.3g}"
+
+
+# Univariate maps.
+
+
+def check_univariate(univariate: UnivariateMap) -> None:
+    """Runs the laws of a univariate map: identity at 0, round trip, slope, order, shapes.
+
+    Args:
+        univariate: The map.
+
+    Raises:
+        AssertionError: If a law is broken.
+
+    Example:
+        >>> from pyro_nf.univariate.affine import Affine
+        >>> check_univariate(Affine())
+    """
+    name, p = type(univariate).__name__, univariate.num_params
+    x = points(univariate.domain, (50, 4)).sort(0).values
+    params = points(constraints.real, (50, 4, p), seed=2)
+    y, ladj = univariate.forward_and_ladj(x, params)
+    back, inverse_ladj = univariate.inverse_and_ladj(y, params)
+    _close(f"{name}: round trip", back, x, EXACT if univariate.exact_inverse else NUMERIC)
+    _close(f"{name}: ladj of the inverse", inverse_ladj, -ladj, LADJ)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(univariate.forward_and_ladj(leaf, params)[0].sum(), leaf)
+    _close(f"{name}: ladj against autograd", ladj, slope.abs().log(), LADJ)
+    y_again, _ = univariate.forward_and_ladj(x, params[:1].expand(50, 4, p))
+    assert bool((y_again.diff(dim=0) > 0).all()), f"{name}: is not increasing"
+    if p:
+        start, start_ladj = univariate.forward_and_ladj(x, torch.zeros_like(params))
+        _close(f"{name}: zero parameters against the identity", start, x, EXACT)
+        _close(f"{name}: ladj at zero parameters", start_ladj, torch.zeros_like(x), EXACT)
+
+
+# Transforms.
+
+
+def _dim(transform: FlowTransform) -> int:
+    return transform.input_dim or ANY_DIM
+
+
+def _x(transform: FlowTransform, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return points(transform.domain, (*batch, _dim(transform)), dtype)
+
+
+def _context(
+    transform: FlowTransform | Flow, *batch: int, dtype: torch.dtype = torch.float64
+) -> Tensor | None:
+    if not transform.context_dim:
+        return None
+    return points(constraints.real, (*batch, transform.context_dim), dtype, seed=3)
+
+
+def round_trip(transform: FlowTransform) -> None:
+    """T^-1(T(x)) = x, with nothing cached, in float64 and in float32."""
+    for dtype, exact in ((torch.float64, EXACT), (torch.float32, SINGLE)):
+        t = copy.deepcopy(transform).to(dtype)
+        x, context = _x(t, 20, dtype=dtype), _context(t, 20, dtype=dtype)
+        y, ladj = t.forward_and_ladj(x, context)
+        back, inverse_ladj = t.inverse_and_ladj(y.clone(), context)
+        numeric = dtype == torch.float64 and t.inverse_kind == "numeric"
+        tolerance = NUMERIC if numeric else exact
+        _close(f"round trip in {dtype}", back, x, tolerance)
+        _close(f"ladj of the inverse in {dtype}", inverse_ladj, -ladj, 10 * tolerance)
+
+
+def ladj_is_autograds(transform: FlowTransform) -> None:
+    """The ladj is the slogdet of autograd's Jacobian, in both directions."""
+    x, context = _x(transform, 5), _context(transform, 5)
+    y, ladj = transform.forward_and_ladj(x, context)
+    for i in range(len(x)):
+        c = None if context is None else context[i]
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, c=c: transform.forward_and_ladj(v, c)[0], x[i]
+        )
+        _close("ladj against slogdet", ladj[i], jacobian.slogdet().logabsdet, LADJ)
+    t = transform.condition(context) if context is not None else transform
+    _close("log_abs_det_jacobian", t.log_abs_det_jacobian(x, y), ladj, LADJ)
+
+
+def inverse_is_a_module(transform: FlowTransform) -> None:
+    """``.inv`` has the same parameters, exchanges the directions, and inverts back to itself."""
+    inverse = transform.inv
+    mine = {id(p) for p in transform.parameters()}
+    assert mine == {id(p) for p in inverse.parameters()}, ".inv has other parameters"
+    x, context = _x(transform, 4), _context(transform, 4)
+    y, ladj = transform.forward_and_ladj(x, context)
+    back, inverse_ladj = inverse.forward_and_ladj(y, context)
+    _close(".inv forward", back, x, NUMERIC)
+    _close(".inv ladj", inverse_ladj, -ladj, LADJ)
+    _close(".inv.inv", inverse.inv.forward_and_ladj(x, context)[0], y, EXACT)
+
+
+def batch_shapes(transform: FlowTransform) -> None:
+    """Any batch shape will do, and each element is mapped by itself."""
+    for shape in BATCH_SHAPES:
+        x, context = _x(transform, *shape), _context(transform, *shape)
+        y, ladj = transform.forward_and_ladj(x, context)
+        assert ladj.shape == shape, f"ladj has shape {tuple(ladj.shape)}, wanted {shape}"
+        back, inverse_ladj = transform.inverse_and_ladj(y, context)
+        _close(f"batch shape {shape}", back, x, NUMERIC)
+        assert inverse_ladj.shape == shape
+        for i in range(shape[0] if shape else 0):
+            one = transform.forward_and_ladj(x[i], None if context is None else context[i])
+            _close(f"element {i} of batch shape {shape}", y[i], one[0], EXACT)
+            _close(f"ladj {i} of batch shape {shape}", ladj[i], one[1], EXACT)
+
+
+def context_broadcasts(transform: FlowTransform) -> None:
+    """A batch of contexts broadcasts against any batch of points, and each point sees its own."""
+    if not transform.context_dim:
+        return
+    x, context = _x(transform, 5, 1), _context(transform, 2)
+    assert context is not None
+    y, ladj = transform.forward_and_ladj(x, context)
+    assert ladj.shape == (5, 2), f"ladj has shape {tuple(ladj.shape)}, wanted (5, 2)"
+    for b in range(2):
+        one, one_ladj = transform.forward_and_ladj(x[:, 0], context[b])
+        _close(f"context {b}", y[:, b], one, EXACT)
+        _close(f"ladj of context {b}", ladj[:, b], one_ladj, EXACT)
+    assert not torch.equal(y[:, 0], y[:, 1]), "the context makes no difference"
+    conditioned = transform.condition(context)
+    _close(".condition(context)", conditioned(x), y, EXACT)
+    _close(".condition(context).inv", conditioned.inv(y), x.expand_as(y), NUMERIC)
+
+
+def keeps_dtype(transform: FlowTransform) -> None:
+    """dtype follows the data after ``.to(dtype)``."""
+    for dtype in (torch.float32, torch.float64):
+        t = copy.deepcopy(transform).to(dtype)
+        x, context = _x(t, 3, dtype=dtype), _context(t, 3, dtype=dtype)
+        y, ladj = t.forward_and_ladj(x, context)
+        back, inverse_ladj = t.inverse_and_ladj(y, context)
+        got = [y.dtype, ladj.dtype, back.dtype, inverse_ladj.dtype]
+        assert got == [dtype] * 4, f"dtypes {got}, wanted {dtype}"
+
+
+def every_parameter_learns(transform: FlowTransform) -> None:
+    """A gradient reaches every parameter, through either direction."""
+    x, context = _x(transform, 16), _context(transform, 16)
+    y = transform.forward_and_ladj(x, context)[0].detach()
+    for name, (value, ladj) in {
+        "forward": transform.forward_and_ladj(x, context),
+        "inverse": transform.inverse_and_ladj(y, context),
+    }.items():
+        if not value.requires_grad:
+            continue
+        loss = value.square().sum() + ladj.sum()
+        named = dict(transform.named_parameters())
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for key, grad in zip(named, grads, strict=True):
+            assert grad is not None, f"{name}: {key} gets no gradient"
+            assert bool(grad.isfinite().all()), f"{name}: {key} gets a gradient that is not finite"
+            # with one coordinate a triangle or a mask leaves some parameters nothing to do
+            learns = bool((grad != 0).any()) or transform.input_dim == 1
+            assert learns, f"{name}: {key} gets the gradient 0"
+
+
+def gradients_cancel(transform: FlowTransform) -> None:
+    """T^-1(T(x)) = x for all parameters, so its gradient is 0 in them and 1 in x."""
+    x, context = _x(transform, 6).requires_grad_(), _context(transform, 6)
+    y, ladj = transform.forward_and_ladj(x, context)
+    back, inverse_ladj = transform.inverse_and_ladj(y, context)
+    r = points(constraints.real, tuple(x.shape), seed=4)
+    s = points(constraints.real, tuple(ladj.shape), seed=5)
+    loss = (back * r).sum() + ((ladj + inverse_ladj) * s).sum()
+    parameters = list(transform.parameters())
+    grad_x, *grads = torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
+    _close("gradient in x of a round trip", grad_x, r, 1e-6)
+    for grad in grads:
+        if grad is not None:
+            _close("gradient in a parameter of a round trip", grad, torch.zeros_like(grad), 1e-6)
+
+
+def nothing_is_stale(transform: FlowTransform) -> None:
+    """The same tensor gives the new value after any change of a parameter, even through .data."""
+    t = copy.deepcopy(transform)
+    parameters = list(t.parameters())
+    if not parameters:
+        return
+    x, context = _x(t, 8), _context(t, 8)
+    y, _ = t.forward_and_ladj(x, context)
+    t.inverse_and_ladj(y, context)
+    for p in parameters:
+        p.data.add_(0.1)
+    fresh = copy.deepcopy(t)
+    _close("forward", t.forward_and_ladj(x, context)[0], fresh.forward_and_ladj(x, context)[0], 0.0)
+    _close("inverse", t.inverse_and_ladj(y, context)[0], fresh.inverse_and_ladj(y, context)[0], 0.0)
+    assert not torch.equal(t.forward_and_ladj(x, context)[0], y), "a change changes nothing"
+
+
+def copies_agree(transform: FlowTransform) -> None:
+    """deepcopy, pickle and state_dict give the same map, before and after a call."""
+    x, context = _x(transform, 4), _context(transform, 4)
+    for _ in range(2):
+        blank = randomize(copy.deepcopy(transform), seed=9)
+        buffer = io.BytesIO()
+        torch.save(transform.state_dict(), buffer)
+        buffer.seek(0)
+        blank.load_state_dict(torch.load(buffer, weights_only=True))
+        copied = {
+            "deepcopy": copy.deepcopy(transform),
+            "pickle": pickle.loads(pickle.dumps(transform)),
+            "state_dict": blank,
+        }
+        y = transform.forward_and_ladj(x, context)[0]
+        for name, other in copied.items():
+            _close(name, other.forward_and_ladj(x, context)[0], y, 0.0)
+
+
+def _fast_directions(
+    transform: FlowTransform,
+) -> Iterator[tuple[str, Callable[..., tuple[Tensor, Tensor]]]]:
+    if transform.fast in ("forward", "both"):
+        yield "forward", transform.forward_and_ladj
+    if transform.fast in ("inverse", "both") and transform.inverse_kind == "exact":
+        yield "inverse", transform.inverse_and_ladj
+
+
+def compiles(transform: FlowTransform) -> None:
+    """The fast directions are one graph for torch.compile."""
+    context = _context(transform, 4)
+    for name, direction in _fast_directions(transform):
+        value = _x(transform, 4)
+        if name == "inverse":
+            value = transform.forward_and_ladj(value, context)[0].detach()
+        torch.compiler.reset()
+        compiled = torch.compile(direction, fullgraph=True, backend="aot_eager")
+        got, wanted = compiled(value, context), direction(value, context)
+        _close(f"compiled {name}", got[0], wanted[0], EXACT)
+        _close(f"compiled ladj of {name}", got[1], wanted[1], EXACT)
+
+
+def vmaps(transform: FlowTransform) -> None:
+    """The fast directions run under vmap over points, and over an ensemble of parameters."""
+    context = _context(transform, 4)
+    for name, direction in _fast_directions(transform):
+        value = _x(transform, 4)
+        if name == "inverse":
+            value = transform.forward_and_ladj(value, context)[0].detach()
+        got = vmap(direction, in_dims=(0, None if context is None else 0))(value, context)
+        _close(f"vmap of {name}", got[0], direction(value, context)[0], EXACT)
+        _close(f"vmap of the ladj of {name}", got[1], direction(value, context)[1], EXACT)
+
+
+def bad_input_is_named(transform: FlowTransform) -> None:
+    """Wrong shapes, contexts and dtypes raise the right error, with the sizes in the message."""
+    x, context = _x(transform, 3), _context(transform, 3)
+    for call in (transform.forward_and_ladj, transform.inverse_and_ladj):
+        if transform.input_dim is not None:
+            wide = torch.cat((x, x[..., :1]), -1)
+            _raises(ValueError, f"input_dim is {transform.input_dim}", call, wide, context)
+        _raises(TypeError, "int64", call, x.long(), context)
+        _raises(TypeError, "list", call, x.tolist(), context)
+        if context is None:
+            _raises(ValueError, "takes none", call, x, x.new_zeros(3, 2))
+        else:
+            _raises(ValueError, "context is missing", call, x, None)
+            _raises(ValueError, "context_dim = ", call, x, torch.cat((context, context), -1))
+            _raises(
+                ValueError, "does not broadcast", call, x, context.new_zeros(2, context.shape[-1])
+            )
+    if transform.domain.event_dim:
+        _raises(ValueError, "dimension", transform.forward_and_ladj, x.sum(), context)
+
+
+def _raises(kind: type[Exception], part: str, call: Callable[..., object], *args: object) -> None:
+    message = None
+    try:
+        call(*args)
+    except kind as error:
+        message = str(error)
+    assert message is not None, f"wanted {kind.__name__} with {part!r}, got no error"
+    assert part in message, f"wanted {part!r} in the message, got {message!r}"
+
+
+TRANSFORM_LAWS: tuple[Callable[[FlowTransform], None], ...] = (
+    round_trip,
+    ladj_is_autograds,
+    inverse_is_a_module,
+    batch_shapes,
+    context_broadcasts,
+    keeps_dtype,
+    every_parameter_learns,
+    gradients_cancel,
+    nothing_is_stale,
+    copies_agree,
+    compiles,
+    vmaps,
+    bad_input_is_named,
+)
+
+
+def check_transform(transform: FlowTransform) -> None:
+    """Runs every law of a transform, with random weights, in float64.
+
+    Args:
+        transform: The transform; it is copied first.
+
+    Raises:
+        AssertionError: If a law is broken.
+
+    Example:
+        >>> from pyro_nf.transforms.linear import LULinear
+        >>> check_transform(LULinear(3))
+    """
+    transform = randomize(copy.deepcopy(transform)).double()
+    for law in TRANSFORM_LAWS:
+        law(transform)
+
+
+# Flows.
+
+
+def _condition(flow: Flow, *batch: int) -> tuple[Tensor, ...]:
+    context = _context(flow, *batch)
+    return () if context is None else (context,)
+
+
+def density_of_draws(flow: Flow) -> None:
+    """Draws come with their log density, the same that ``log_prob`` computes afresh."""
+    d = flow(*_condition(flow))
+    y, log_prob = d.rsample_and_log_prob((20,))
+    assert y.shape == (20, flow.input_dim), f"draws have shape {tuple(y.shape)}"
+    _close("log_prob of draws", flow(*_condition(flow)).log_prob(y.clone()), log_prob, 1e-7)
+    again = d.rsample((20,))
+    _close("log_prob of the last draws", d.log_prob(again), d.log_prob(again.clone()), 1e-7)
+    assert y.dtype == log_prob.dtype == torch.float64
+
+
+def batches_of_contexts(flow: Flow) -> None:
+    """A batch of contexts makes a batch of distributions with noise of their own."""
+    batch = (4,) if flow.context_dim else ()
+    d = flow(*_condition(flow, *batch)).expand((4,))
+    y = d.sample((6,))
+    assert y.shape == (6, 4, flow.input_dim), f"draws have shape {tuple(y.shape)}"
+    assert d.batch_shape == (4,)
+    assert d.event_shape == (flow.input_dim,)
+    x, _ = d.transform.inverse_and_ladj(y)
+    spread = x.std(1, correction=0).min().item()
+    assert spread > 0, "the noise is shared between contexts"
+    _close("log_prob", d.log_prob(y)[2], d.log_prob(y[2]), EXACT)
+    wide = d.expand((3, 4))
+    assert wide.sample().shape == (3, 4, flow.input_dim)
+    assert wide.to_event(1).log_prob(wide.sample()).shape == (3,)
+    assert wide.mask(False).log_prob(wide.sample()).abs().sum().item() == 0
+
+
+def gradient_of_a_draw(flow: Flow) -> None:
+    """The gradient of a loss of a draw and its log density is finite for every parameter."""
+    d = flow(*_condition(flow))
+    y = d.rsample((8,))
+    (d.log_prob(y).sum() + y.square().sum()).backward()
+    for name, p in flow.named_parameters():
+        assert p.grad is not None, f"{name} gets no gradient"
+        assert bool(p.grad.isfinite().all()), f"{name} gets a gradient that is not finite"
+    flow.zero_grad()
+
+
+class _LogProb(nn.Module):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, y: Tensor, *args: Tensor) -> Tensor:
+        log_prob: Tensor = self.flow(*args).log_prob(y)
+        return log_prob
+
+
+def flow_copies_agree(flow: Flow) -> None:
+    """deepcopy, pickle and functional_call give the same density."""
+    y, args = points(constraints.real, (4, flow.input_dim)), _condition(flow)
+    wanted = flow(*args).log_prob(y)
+    copied = (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)))
+    for other in copied:
+        _close("copy", other(*args).log_prob(y), wanted, 0.0)
+    density = _LogProb(flow)
+    state = {k: v + 0.05 for k, v in density.named_parameters()}
+    moved = functional_call(density, state, (y, *args))
+    assert not torch.equal(moved, wanted), "the parameters make no difference"
+    _close("after functional_call", flow(*args).log_prob(y), wanted, 0.0)
+
+
+def scores_agree(flow: Flow) -> None:
+    """vmap and jacrev of the log density give the gradient that autograd gives."""
+    if "inverse" not in _ways(flow) or flow.transform.inverse_kind != "exact":
+        return
+    args = _condition(flow)
+    y = points(constraints.real, (4, flow.input_dim)).requires_grad_()
+    (wanted,) = torch.autograd.grad(flow(*args).log_prob(y).sum(), y)
+    got = vmap(jacrev(lambda v: flow(*args).log_prob(v)))(y)
+    _close("score by vmap(jacrev)", got, wanted, 1e-7)
+
+
+def _ways(flow: Flow) -> tuple[str, ...]:
+    fast = flow.transform.fast
+    return ("forward", "inverse") if fast == "both" else (fast,)
+
+
+FLOW_LAWS: tuple[Callable[[Flow], None], ...] = (
+    density_of_draws,
+    batches_of_contexts,
+    gradient_of_a_draw,
+    flow_copies_agree,
+    scores_agree,
+)
+
+
+def check_flow(flow: Flow) -> None:
+    """Runs every law of a flow over the whole real space, with random weights, in float64.
+
+    Args:
+        flow: The flow; it is copied first.
+
+    Raises:
+        AssertionError: If a law is broken.
+
+    Example:
+        >>> from pyro_nf.flows.recipes import realnvp
+        >>> check_flow(realnvp(2))
+    """
+    flow = randomize(copy.deepcopy(flow)).double()
+    for law in FLOW_LAWS:
+        law(flow)

@@ -1,0 +1,12 @@
+"""The laws of flows over the table, with random weights, in float64."""
+
+import pytest
+from tests.cases import FLOW_ROWS, Row
+
+from pyro_nf.testing import FLOW_LAWS, randomize
+
+
+@pytest.mark.parametrize("law", FLOW_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("row", FLOW_ROWS, ids=str)
+def test_flow_laws(row: Row, law) -> None:
+    law(randomize(row.make()).double())
