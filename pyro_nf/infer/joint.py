@@ -68,7 +68,7 @@ def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> I
             return init_loc_fn(site)
         except NotImplementedError:
             fn = site["fn"]
-        flat = isinstance(_innermost(fn), pyro.distributions.ImproperUniform)
+        flat = is_flat(fn)
         transform = bijection(fn.support)
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape, dtype=dtype if flat else fn.sample().dtype))
@@ -76,10 +76,34 @@ def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> I
     return init
 
 
+def is_flat(fn: Any) -> bool:
+    """Whether a distribution is a flat prior, which has no samples."""
+    return isinstance(_innermost(fn), pyro.distributions.ImproperUniform)
+
+
 def _innermost(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def refuse_subsampled_latents(trace: poutine.Trace) -> None:
+    """Raise if a latent lies in a subsampled plate.
+
+    Args:
+        trace: one run of the model.
+
+    Raises:
+        ValueError: naming the site and the plate.
+    """
+    for name, site in trace.iter_stochastic_nodes():
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"latent site {name!r} lies in plate {frame.name!r}, which takes a subsample "
+                    f"of {frame.size} of {frame.full_size} rows: its coordinates would stand for "
+                    f"other rows in every step. Use the whole plate, or move the latent out of it."
+                )
 
 
 def trace_prototype(
@@ -114,14 +138,7 @@ def trace_prototype(
         if "dtype" not in str(error):
             raise
         trace = run(torch.float32 if default == torch.float64 else torch.float64)
-    for name, site in trace.iter_stochastic_nodes():
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"latent site {name!r} lies in plate {frame.name!r}, which takes a subsample "
-                    f"of {frame.size} of {frame.full_size} rows: its coordinates would stand for "
-                    f"other rows in every step. Use the whole plate, or move the latent out of it."
-                )
+    refuse_subsampled_latents(trace)
     return trace
 
 

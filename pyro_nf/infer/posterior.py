@@ -1,0 +1,302 @@
+"""A posterior: draws with their weights, and what can be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
+
+from pyro_nf._checks import check_count
+from pyro_nf.infer.export import inference_data
+from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.replay import FlatPriorsAtRest, observed_values, pointwise_log_likelihood
+from pyro_nf.infer.summary import Summary, summarize
+from pyro_nf.infer.weights import Weights, smooth
+from pyro_nf.train.loop import History
+from pyro_nf.train.randomness import own_randomness
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+# Draws that are evaluated at once: enough to fill vector units, few enough to fit in memory.
+_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""Draws from a guide with their importance weights :math:`w = p(x, z) / q(z)`.
+
+    Attributes:
+        samples: The draws of each site in their natural shapes, ``(S, *shape)``; a scalar site is
+            ``(S,)``.
+        z: The draws as unconstrained coordinates, ``(S, D)``.
+        log_p: Log joint density of each draw in those coordinates, ``(S,)``.
+        log_q: Log density of the guide, ``(S,)``; None if the draws come from a Markov chain.
+        joint: The log joint density they belong to.
+        history: The history of the fit, or None.
+        chains: How many Markov chains the draws come from, one after the other; 1 for plain draws.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model():
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(2.0))
+        >>> guide = AutoFlow(model)
+        >>> posterior = Posterior.from_guide(guide, num_draws=500)
+        >>> posterior.samples["mu"].shape
+        torch.Size([500])
+        >>> posterior.resample(100).samples["mu"].shape
+        torch.Size([100])
+    """
+
+    samples: dict[str, Tensor]
+    z: Tensor
+    log_p: Tensor
+    log_q: Tensor | None
+    joint: LogJoint
+    history: History | None = None
+    chains: int = 1
+
+    @classmethod
+    def from_guide(
+        cls,
+        guide: AutoContinuous,
+        model: Callable[..., Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        num_draws: int = 1000,
+        seed: int = 0,
+        joint: LogJoint | None = None,
+        history: History | None = None,
+    ) -> Posterior:
+        """Draws from a guide and weighs the draws.
+
+        Args:
+            guide: An AutoFlow, or any of Pyro's continuous autoguides.
+            model: The model; the one that the guide was built for by default.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+            num_draws: How many draws.
+            seed: Seed of the draws; the global generators are left as they were.
+            joint: The log joint density, if there is one already.
+            history: The history of the fit, to be kept with the draws.
+
+        Raises:
+            ValueError: If no draw has a finite density.
+            TypeError: If the guide is of another kind.
+        """
+        check_count("Posterior", "num_draws", num_draws)
+        if not isinstance(guide, AutoContinuous):
+            raise TypeError(
+                f"Posterior: guide must be an AutoFlow or an AutoContinuous, got "
+                f"{type(guide).__name__}."
+            )
+        kwargs = dict(kwargs or {})
+        with own_randomness(seed), torch.no_grad():
+            if guide.prototype_trace is None:
+                guide(*args, **kwargs)
+            if joint is None:
+                joint = LogJoint(model or guide.model, args, kwargs, seed=seed)
+            q = guide.get_posterior(*args, **kwargs)
+            pieces = []
+            for start in range(0, num_draws, _CHUNK):
+                shape = (min(_CHUNK, num_draws - start),)
+                if isinstance(guide, AutoFlow):
+                    z, log_q = q.rsample_and_log_prob(shape)
+                else:
+                    z = q.sample(shape)
+                    log_q = q.log_prob(z)
+                pieces.append((z, log_q, joint.log_prob(z)))
+        z, log_q, log_p = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        return cls(joint.unpack(z), z, log_p, log_q, joint, history)
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Importance weights, raw and Pareto smoothed; all equal if the draws are of a chain."""
+        return smooth(torch.zeros_like(self.log_p) if self.log_q is None else self.log_weights)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log p(x, z) - log q(z)`` of each draw, ``(S,)``.
+
+        Raises:
+            RuntimeError: If the draws have no density of their own.
+        """
+        if self.log_q is None:
+            raise RuntimeError(
+                "Posterior: these draws come from resampling or a Markov chain and have no "
+                "weights; take log_weights, elbo or khat from the posterior they were made from."
+            )
+        return self.log_p - self.log_q
+
+    @property
+    def elbo(self) -> float:
+        """Mean of the log weights, a lower bound of the log evidence."""
+        return self._weighted().elbo
+
+    @property
+    def khat(self) -> float:
+        """Pareto shape of the weights: below 0.7 they can be used."""
+        return self._weighted().khat
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weighted draws."""
+        return self._weighted().ess
+
+    @property
+    def log_evidence(self) -> float:
+        """Estimate of log p(x) from the smoothed weights."""
+        return self._weighted().log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of ``log_evidence``."""
+        return self._weighted().log_evidence_se
+
+    def _weighted(self) -> Weights:
+        _ = self.log_weights  # raises if there are none
+        return self.weights
+
+    def resample(self, num_draws: int | None = None, *, seed: int = 0) -> Posterior:
+        """Draws with equal weights, by systematic resampling with the smoothed weights.
+
+        Args:
+            num_draws: How many; as many as there are by default.
+            seed: Seed of the choice.
+
+        Returns:
+            A posterior whose draws need no weights; some stand in it more than once.
+        """
+        count = len(self) if num_draws is None else num_draws
+        check_count("Posterior.resample", "num_draws", count)
+        generator = torch.Generator().manual_seed(seed)
+        shift = torch.rand((), generator=generator, dtype=torch.float64)
+        ladder = (torch.arange(count, dtype=torch.float64) + shift) / count
+        cumulative = self.weights.normalized.cumsum(0)
+        index = torch.searchsorted(cumulative / cumulative[-1], ladder).clamp_max(len(self) - 1)
+        # in random order, so that any part of them is a fair sample too
+        index = index[torch.randperm(count, generator=generator)].to(self.z.device)
+        return replace(
+            self,
+            samples={name: draws[index] for name, draws in self.samples.items()},
+            z=self.z[index],
+            log_p=self.log_p[index],
+            log_q=None,
+            chains=1,
+        )
+
+    def summary(self, *, weighted: bool = False) -> Summary:
+        """Mean, sd, 5 %, 50 % and 95 % quantile of every entry of every site.
+
+        Args:
+            weighted: Whether the draws count by their smoothed importance weights.
+
+        Returns:
+            A table that prints itself; ``table.rows`` has the numbers.
+        """
+        return summarize(self.samples, self.weights.normalized if weighted else None)
+
+    def predictive(
+        self,
+        *args: Any,
+        num_draws: int | None = None,
+        sites: Sequence[str] = (),
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Runs the model forward from the draws.
+
+        Args:
+            *args: Arguments of the model, for example new inputs and None for what was observed.
+                Without any, the model runs with the arguments of the fit and all that was observed
+                is drawn anew.
+            num_draws: How many draws to use; all by default.
+            sites: The sites to return; all that are not latent by default.
+            seed: Seed of what is drawn.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            For each site its draws, ``(S, *shape)``.
+        """
+        model = self.joint.model
+        if not args and not kwargs:
+            args, kwargs = self.joint.args, self.joint.kwargs
+            model = poutine.uncondition(model)
+        count = len(self) if num_draws is None else min(num_draws, len(self))
+        chosen = {name: draws[:count] for name, draws in self.samples.items()}
+        predict = Predictive(
+            FlatPriorsAtRest(self.z.dtype)(model),
+            posterior_samples=chosen,
+            return_sites=tuple(sites),
+            parallel=self.joint.kind == "batched",
+        )
+        with own_randomness(seed):
+            return cast(dict[str, Tensor], predict(*args, **kwargs))
+
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """The log likelihood of every observation for every draw, ``(S, *batch_shape)`` a site."""
+        return pointwise_log_likelihood(self.joint, self.samples)
+
+    def to_arviz(
+        self,
+        *,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        log_likelihood: bool = False,
+    ) -> Any:
+        """The draws as what the installed arviz works with.
+
+        Args:
+            coords: Labels of dimensions.
+            dims: Names of the dimensions of each site.
+            log_likelihood: Whether to compute and store the pointwise log likelihood, which
+                ``arviz.loo`` and ``arviz.waic`` need.
+
+        Returns:
+            An ``InferenceData`` with arviz 0.x, a ``DataTree`` with arviz 1.x; with the groups
+            posterior, sample_stats (lp, and log_weight if there are weights; khat, elbo and
+            log_evidence as attributes), observed_data and, if asked for, log_likelihood.
+        """
+        stats: dict[str, Tensor] = {"lp": self.log_p}
+        attributes: dict[str, float] = {}
+        if self.log_q is not None:
+            stats["log_weight"] = self.weights.smoothed
+            attributes = {
+                "khat": self.khat,
+                "elbo": self.elbo,
+                "log_evidence": self.log_evidence,
+                "importance_ess": self.ess,
+            }
+        return inference_data(
+            self.samples,
+            stats,
+            observed=observed_values(self.joint, self.samples),
+            log_likelihood=self.log_likelihood() if log_likelihood else None,
+            attributes=attributes,
+            coords=coords,
+            dims=dims,
+            chains=self.chains,
+        )
+
+    def plot(self, sites: Sequence[str] | None = None) -> matplotlib.figure.Figure:
+        """Pair plot of the draws; needs the extra ``pyro-nf[plots]``.
+
+        Args:
+            sites: Which sites; all scalar entries, at most six, by default.
+        """
+        from pyro_nf.plots import pair_plot
+
+        return pair_plot(self.samples if sites is None else {s: self.samples[s] for s in sites})

@@ -1,0 +1,100 @@
+"""The table that people look at first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of one site.
+
+    Attributes:
+        name: The site, with the index of the entry if the site is no scalar.
+        mean: Mean of the draws.
+        sd: Standard deviation.
+        q5: The 5 % quantile.
+        median: The 50 % quantile.
+        q95: The 95 % quantile.
+    """
+
+    name: str
+    mean: float
+    sd: float
+    q5: float
+    median: float
+    q95: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table with a row for each entry; printing it shows the table.
+
+    Attributes:
+        rows: The rows, in the order of the sites.
+
+    Example:
+        >>> import torch
+        >>> print(summarize({"x": torch.tensor([1.0, 2.0, 3.0])}))
+                     mean         sd         5%        50%        95%
+        x               2          1        1.1          2        2.9
+    """
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        width = max([8, *(len(row.name) for row in self.rows)])
+        head = " " * width + "".join(f"{t:>11}" for t in ("mean", "sd", "5%", "50%", "95%"))
+        lines = [
+            f"{r.name:<{width}}"
+            + "".join(f"{v:>11.4g}" for v in (r.mean, r.sd, r.q5, r.median, r.q95))
+            for r in self.rows
+        ]
+        return "\n".join([head, *lines])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; there are {[row.name for row in self.rows]}")
+
+
+def summarize(samples: Mapping[str, Tensor], weights: Tensor | None = None) -> Summary:
+    """Summarises draws, weighted or not.
+
+    Args:
+        samples: Draws of each site, ``(S, *shape)``.
+        weights: Weights that sum to 1, ``(S,)``; equal by default.
+    """
+    rows = []
+    for name, draws in samples.items():
+        flat = draws.detach().double().cpu().reshape(len(draws), -1)
+        for i, values in enumerate(flat.unbind(1)):
+            index = torch.unravel_index(torch.tensor(i), draws.shape[1:]) if draws.dim() > 1 else ()
+            label = f"{name}[{','.join(str(int(k)) for k in index)}]" if index else name
+            rows.append(_row(label, values, weights))
+    return Summary(tuple(rows))
+
+
+def _row(name: str, values: Tensor, weights: Tensor | None) -> Row:
+    if weights is None:
+        mean, sd = values.mean(), values.std()
+        quantiles = values.quantile(values.new_tensor(QUANTILES))
+    else:
+        w = weights.to(values)
+        mean = (w * values).sum()
+        sd = (w * (values - mean).square()).sum().sqrt()
+        ordered, order = values.sort()
+        cumulative = w[order].cumsum(0) - 0.5 * w[order]
+        at = torch.searchsorted(cumulative, values.new_tensor(QUANTILES)).clamp_max(len(values) - 1)
+        quantiles = ordered[at]
+    return Row(name, mean.item(), sd.item(), *quantiles.tolist())

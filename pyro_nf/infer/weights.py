@@ -1,0 +1,114 @@
+"""Importance weights of draws, and what they say of the draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
+# Weights that are all equal have no tail at all: k-hat is -inf.
+_MIN_WEIGHTS = 25
+
+
+@dataclass(frozen=True)
+class Weights:
+    r"""Pareto-smoothed importance weights, :math:`\log w_s = \log p(x, z_s) - \log q(z_s)`.
+
+    Attributes:
+        raw: Log weights as they are, shape ``(S,)``; -inf where the density is zero or failed.
+        smoothed: Log weights whose largest are replaced by quantiles of a generalised Pareto
+            distribution fitted to them, on the same scale, shape ``(S,)``.
+        khat: The shape of that distribution. Below 0.5 importance sampling converges fast, below
+            0.7 it can be used; above, ``q`` misses too much of ``p``.
+
+    *Pareto Smoothed Importance Sampling* (Vehtari, Simpson, Gelman, Yao, Gabry, 2024).
+    """
+
+    raw: Tensor
+    smoothed: Tensor
+    khat: float
+
+    @property
+    def normalized(self) -> Tensor:
+        """The smoothed weights, summing to 1, shape ``(S,)``."""
+        return self.smoothed.softmax(0)
+
+    @property
+    def ess(self) -> float:
+        r"""Effective sample size :math:`(\sum w)^2 / \sum w^2`, at most S."""
+        return float(1 / self.normalized.square().sum())
+
+    @property
+    def elbo(self) -> float:
+        """Mean of the raw log weights; -inf if one of them is."""
+        return float(self.raw.mean())
+
+    @property
+    def elbo_se(self) -> float:
+        """Standard error of ``elbo``."""
+        return float(self.raw.std() / math.sqrt(len(self.raw)))
+
+    @property
+    def log_evidence(self) -> float:
+        r"""Estimate of the log evidence, :math:`\log \frac1S \sum w`."""
+        return float(self.smoothed.logsumexp(0)) - math.log(len(self.smoothed))
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of ``log_evidence``, by the delta method."""
+        relative = self.normalized * len(self.smoothed)
+        return float(relative.std() / math.sqrt(len(relative)))
+
+
+def smooth(log_weights: Tensor) -> Weights:
+    """Smooths the tail of importance weights.
+
+    Args:
+        log_weights: Shape ``(S,)``; -inf is allowed.
+
+    Raises:
+        ValueError: If no weight is finite, or one is NaN or +inf.
+
+    Example:
+        >>> import torch
+        >>> weights = smooth(torch.zeros(100))
+        >>> weights.ess, weights.log_evidence
+        (100.0, 0.0)
+    """
+    raw = log_weights.detach().double().cpu()
+    finite = raw.isfinite()
+    if bool((raw.isnan() | (raw == math.inf)).any()) or not bool(finite.any()):
+        raise ValueError(
+            f"smooth: wanted log weights that are finite or -inf, got {int((~finite).sum())} of "
+            f"{len(raw)} that are NaN, inf or -inf; look for NaN in the model's log density."
+        )
+    if int(finite.sum()) < _MIN_WEIGHTS or float(raw[finite].max() - raw[finite].min()) < 1e-9:
+        khat = math.inf if int(finite.sum()) < _MIN_WEIGHTS else -math.inf
+        return Weights(raw, raw, khat)
+    normalized, khat = _psislw(raw[finite].numpy())
+    # the library normalises; the smallest weight is not smoothed, and gives the scale back
+    least = int(raw[finite].argmin())
+    shift = float(raw[finite][least]) - float(normalized[least])
+    smoothed = raw.clone()
+    smoothed[finite] = torch.from_numpy(np.array(normalized)) + shift
+    return Weights(raw, smoothed, khat)
+
+
+def _psislw(log_weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
+    """Pareto smoothing by the arviz that is installed; the scale of the result is its own."""
+    if importlib.util.find_spec("arviz_stats") is not None:  # arviz 1.x, or beside 0.x
+        from arviz_stats.base.array import array_stats
+
+        # it takes log likelihoods, of which the weights are the reciprocals
+        smoothed, khat = array_stats.psislw(-log_weights)
+    else:
+        import arviz
+
+        smoothed, khat = arviz.psislw(log_weights)
+    return np.asarray(smoothed), float(khat)
