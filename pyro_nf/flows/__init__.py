@@ -3,13 +3,17 @@
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import gaussian, glow, iaf, maf, nice, nsf, planar, realnvp
+from pyro_nf.flows.student import StudentT
 
 __all__ = [
     "Base",
     "DiagonalNormal",
     "Flow",
     "FlowDistribution",
+    "GaussianMixture",
+    "StudentT",
     "gaussian",
     "glow",
     "iaf",

@@ -27,6 +27,10 @@ class Base(nn.Module, ABC):
         check_dims(type(self).__name__, input_dim, 0)
         self.input_dim = input_dim
 
+    def sizes(self) -> dict[str, int]:
+        """The arguments of the constructor that decide the shapes of parameters and buffers."""
+        return {"input_dim": self.input_dim}
+
     @abstractmethod
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         """Returns a fresh distribution with this batch shape."""

@@ -81,7 +81,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradients."""
         with torch.no_grad():
-            return self.rsample_and_log_prob(sample_shape)[0]
+            return self.transform.forward_and_ladj(self.base_dist.sample(Size(sample_shape)))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value (..., D)``.

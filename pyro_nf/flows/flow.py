@@ -15,11 +15,16 @@ from pyro_nf._checks import check_context
 from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.distribution import FlowDistribution
+from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.flows.student import StudentT
 from pyro_nf.transforms.base import FlowTransform
 
 P = ParamSpec("P")
 
 _RECIPES: dict[str, Callable[..., Flow]] = {}
+_BASES: dict[str, Callable[..., Base]] = {
+    base.__name__: base for base in (DiagonalNormal, GaussianMixture, StudentT)
+}
 
 
 def recipe(function: Callable[P, Flow]) -> Callable[P, Flow]:
@@ -111,7 +116,11 @@ class Flow(nn.Module):
             OSError: If the file cannot be written.
         """
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters()}
-        header = {"recipe": self.recipe, "dtype": dtypes.pop() if len(dtypes) == 1 else None}
+        header = {
+            "recipe": self.recipe,
+            "base": (type(self.base).__name__, self.base.sizes()),
+            "dtype": dtypes.pop() if len(dtypes) == 1 else None,
+        }
         save_tensors(path, "flow", self.state_dict(), header)
 
     @classmethod
@@ -149,6 +158,9 @@ class Flow(nn.Module):
                     f"{name!r}; build the same flow and pass it as Flow.load(path, into=flow)."
                 )
             into = _RECIPES[name](**arguments)
+            base, sizes = header["base"]
+            if base in _BASES:  # a fit may have exchanged it
+                into.base = _BASES[base](**sizes)
             if header["dtype"] is not None:
                 into = into.to(getattr(torch, header["dtype"]))
         check_same_tensors("Flow.load", into.state_dict(), tensors, str(path))

@@ -115,12 +115,15 @@ class FlowTransform(TransformModule, ConditionalTransform):
         batch_shape = joint_batch_shape(owner, name, value, context, space.event_dim)
         return value.expand(batch_shape + value.shape[value.dim() - space.event_dim :])
 
-    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
         """Sets what can be set from data, and returns the data as the base side then sees them.
 
         Args:
             y: Data, shape ``(N, D)``.
             context: Their contexts, shape ``(N, context_dim)``.
+            whiten: Whether linear maps remove correlations too, not only means and scales.
 
         Returns:
             ``x`` of shape ``(N, D)``.
@@ -287,9 +290,11 @@ class Chain(FlowTransform):
     def _parts(self) -> list[FlowTransform]:
         return cast("list[FlowTransform]", list(self.parts))
 
-    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
         for part in reversed(self._parts()):
-            y = part.start_from_data(y, context if part.context_dim else None)
+            y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
         return y
 
 

@@ -77,15 +77,23 @@ class LULinear(FlowTransform):
         rows = torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
         return rows.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[:-1])
 
-    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Sets ``b`` to the mean and ``L U`` to the Cholesky factor of the shrunk covariance."""
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
+        """Sets ``b`` to the mean and ``L U`` to the Cholesky factor of the shrunk covariance.
+
+        Without ``whiten``, ``L U`` is only the diagonal of standard deviations.
+        """
         with torch.no_grad():
-            factor = torch.linalg.cholesky(shrunk_covariance(y))
+            covariance = shrunk_covariance(y.double())  # nearly equal columns need the digits
+            if not whiten:
+                covariance = covariance.diagonal().diag_embed()
+            factor = torch.linalg.cholesky(covariance)
             diagonal = factor.diagonal()
             self.bias.copy_(y.mean(0))
             self.log_diagonal.copy_(diagonal.log())
             self.triangles.copy_((factor / diagonal).tril(-1))
-        return super().start_from_data(y, context)
+        return super().start_from_data(y, context, whiten=whiten)
 
 
 class ActNorm(FlowTransform):
@@ -123,10 +131,12 @@ class ActNorm(FlowTransform):
         x = (y - self.bias) * (-self.log_scale).exp()
         return x, -self.log_scale.sum().expand(y.shape[:-1])
 
-    def start_from_data(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
         """Sets the shift to the mean and the scale to the standard deviation of each column."""
         with torch.no_grad():
             self.bias.copy_(y.mean(0))
             if len(y) > 1:
                 self.log_scale.copy_(y.std(0).clamp_min(_MIN_SD).log())
-        return super().start_from_data(y, context)
+        return super().start_from_data(y, context, whiten=whiten)

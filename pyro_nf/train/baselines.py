@@ -1,0 +1,226 @@
+"""Plain densities that a flow has to beat: a Gaussian mixture by EM, and a Gaussian copula."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
+from pyro_nf.transforms.linear import shrunk_covariance
+
+VARIANCE_FLOOR = 1e-6
+"""Added to the variances of a component; the data should be standardised or whitened."""
+
+BACKGROUND_SCALES = (4.0, 16.0, 64.0, 256.0)
+"""Scales of the wide components that together have the weight of one row."""
+
+PATIENCE_GAIN = 1e-3
+"""EM ends when the mean log density of a row rises by less."""
+
+MOST_COMPONENTS = 128
+MOST_ITERATIONS = 100
+MOST_ROWS = 20_000
+ROWS_PER_COMPONENT = 10
+
+
+def fit_gaussian_mixture(
+    x: Tensor,
+    validation: Tensor,
+    *,
+    max_seconds: float = math.inf,
+    generator: torch.Generator | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> GaussianMixture:
+    r"""Fit Gaussian mixtures of 1, 2, 4, ... components by EM; keep the best on validation.
+
+    .. math::
+        r_{ik} \propto \pi_k N(x_i; m_k, S_k), \quad n_k = \sum_i r_{ik}, \quad
+        m_k = \tfrac{1}{n_k} \sum_i r_{ik} x_i, \quad
+        S_k = \tfrac{1}{n_k} \sum_i r_{ik} x_i x_i^T - m_k m_k^T + \epsilon I
+
+    Each starts from k-means. Some very wide components with the weight of a single row are added:
+    a row far from all others then costs a bounded amount and not the square of its distance. EM
+    runs in float64.
+
+    *Maximum Likelihood from Incomplete Data via the EM Algorithm* (Dempster, Laird, Rubin, 1977).
+
+    Args:
+        x: Standardised rows, shape ``(N, D)``; of more than 20,000 a part is used.
+        validation: Rows that choose the size, shape ``(M, D)``.
+        max_seconds: No larger mixture is begun, and EM is cut short, after so many seconds.
+        generator: Source of randomness.
+        clock: Returns the seconds that ``max_seconds`` counts.
+
+    Returns:
+        The mixture, with the dtype of ``x``.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(1000, 1, generator=generator)
+        >>> x = torch.cat([x - 9, x + 9])
+        >>> mixture = fit_gaussian_mixture(x[::2], x[1::2], generator=generator)
+        >>> round(-mixture().log_prob(x).mean().item(), 1)  # log 2 + the entropy of a normal
+        2.1
+    """
+    end = clock() + max_seconds
+    n, dtype = len(x), x.dtype
+    if n > MOST_ROWS:
+        x = x[torch.randperm(n, generator=generator)[:MOST_ROWS].to(x.device)]
+    x, validation = x.double(), validation.double()
+    products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
+    best, best_value = None, -math.inf
+    k = 1
+    while k <= min(MOST_COMPONENTS, max(1, len(x) // ROWS_PER_COMPONENT)):
+        mixture = _em(x, products, k, generator, lambda: clock() >= end)
+        with torch.no_grad():
+            value = mixture().log_prob(validation).mean().item()
+        if value > best_value:
+            best, best_value = mixture, value
+        elif k > 1 and value < best_value - 1.0:
+            break
+        if clock() >= end:
+            break
+        k *= 2
+    if best is None:  # only with rows that no mixture can hold
+        best = mixture
+    return best.to(dtype)
+
+
+def _em(
+    x: Tensor,
+    products: Tensor,
+    k: int,
+    generator: torch.Generator | None,
+    out_of_time: Callable[[], bool],
+) -> GaussianMixture:
+    n, d = x.shape
+    scales = x.new_tensor(BACKGROUND_SCALES)
+    wide = GaussianMixtureDistribution(
+        torch.full_like(scales, 1 / (len(scales) * (n + 1))).log(),
+        x.new_zeros(len(scales), d),
+        torch.eye(d).to(x) / scales[:, None, None],
+        -d * scales.log(),
+    )
+    background = wide.joint_log_prob(x)
+    nearest = _k_means(x, k, generator)
+    responsibility = torch.nn.functional.one_hot(nearest, k).to(x)
+    last = -math.inf
+    for _ in range(MOST_ITERATIONS):
+        log_weights, means, factors = _maximise(x, products, responsibility)
+        log_dets = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        narrow = GaussianMixtureDistribution(log_weights, means, factors, log_dets)
+        joint = narrow.joint_log_prob(x)
+        total = torch.cat((joint, background), -1).logsumexp(-1, keepdim=True)
+        value = total.mean().item()
+        if value < last + PATIENCE_GAIN or out_of_time():
+            break
+        last = value
+        responsibility = (joint - total).exp()
+    return GaussianMixture.from_moments(
+        torch.cat((log_weights, wide.log_weights)),
+        torch.cat((means, wide.means)),
+        torch.cat((factors, wide.factors)),
+    )
+
+
+def _maximise(x: Tensor, products: Tensor, responsibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The M step: log weights, means and the factors U of the precisions."""
+    d = x.shape[1]
+    n = responsibility.sum(0).clamp_min(1e-9)
+    means = responsibility.mT @ x / n[:, None]
+    second = (responsibility.mT @ products).unflatten(-1, (d, d)) / n[:, None, None]
+    eye = torch.eye(d).to(x)
+    covariance = second - means.unsqueeze(-1) * means.unsqueeze(-2) + VARIANCE_FLOOR * eye
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    # rounding can make a covariance of very few rows indefinite: then only its diagonal counts
+    spread = (covariance.diagonal(dim1=-2, dim2=-1).clamp_min(VARIANCE_FLOOR)).sqrt().diag_embed()
+    factor = torch.where((failed > 0)[:, None, None], spread, factor)
+    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return (n / n.sum()).log(), means, inverse.mT
+
+
+def _k_means(x: Tensor, k: int, generator: torch.Generator | None, iterations: int = 10) -> Tensor:
+    """The nearest of k centres for each row: k-means++ seeds, then Lloyd's iterations."""
+    weights = x.new_ones(len(x))
+    centres = x[:0]
+    for _ in range(k):
+        i = torch.multinomial(weights, 1, generator=generator)
+        centres = torch.cat((centres, x[i]))
+        distance = (x - x[i]).square().sum(-1)
+        weights = distance if len(centres) == 1 else torch.minimum(weights, distance)
+        weights = weights.clamp_min(torch.finfo(x.dtype).tiny)
+    for _ in range(iterations):
+        nearest = (centres.square().sum(-1) - 2 * x @ centres.mT).argmin(-1)
+        count = torch.bincount(nearest, minlength=k)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest, x)
+        centres = torch.where(count > 0, total / count.clamp_min(1), centres)
+    return nearest
+
+
+class GaussianCopula:
+    r"""Kernel densities for the columns, tied together by one Gaussian correlation matrix.
+
+    .. math:: p(y) = N(z; 0, R) \prod_j \frac{f_j(y_j)}{N(z_j; 0, 1)}, \qquad
+        z_j = \Phi^{-1}(F_j(y_j))
+
+    with :math:`f_j` a Gaussian kernel density of column j (Silverman's bandwidth with the
+    interquartile range), :math:`F_j` its distribution function, and :math:`R` the shrunk
+    correlation of the :math:`z`.
+
+    *An Introduction to Copulas* (Nelsen, 2006); *Density Estimation for Statistics and Data
+    Analysis* (Silverman, 1986).
+
+    Args:
+        y: Rows, shape ``(N, D)``; of more than 500 an even part gives the kernels.
+
+    Example:
+        >>> copula = GaussianCopula(torch.linspace(-2, 2, 200)[:, None])
+        >>> copula.log_prob(torch.zeros(1)).exp().item()  # about 1/4
+        0.248...
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        n = len(y)
+        self.kernels = y[:: math.ceil(n / _MOST_KERNELS)].double()
+        low, high = torch.quantile(
+            y[:: math.ceil(n / MOST_ROWS)].double(), _QUARTILES.to(y.device), 0
+        )
+        sd = y.double().std(0)
+        spread = torch.minimum(sd, (high - low) / 1.349)  # 1.349 sd: a normal's interquartile range
+        spread = torch.where(spread > 1e-3 * sd, spread, sd).clamp_min(1e-9)
+        self.bandwidth = 0.9 * spread * len(self.kernels) ** -0.2
+        z, _ = self._scores(self.kernels)
+        covariance = shrunk_covariance(z)
+        sd = covariance.diagonal().sqrt()
+        self.correlation_factor = torch.linalg.cholesky(covariance / sd / sd[:, None])
+
+    def _scores(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The normal scores of rows and the log densities of their columns."""
+        h = self.bandwidth
+        t = (y.unsqueeze(-2) - self.kernels) / h
+        log_f = (-0.5 * t.square()).logsumexp(-2) - math.log(len(self.kernels)) - h.log() - _HALF
+        u = torch.special.ndtr(t).mean(-2).clamp(_SMALLEST_TAIL, 1 - _SMALLEST_TAIL)
+        return torch.special.ndtri(u), log_f
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """Log density, ``(..., D) -> (...)``."""
+        pieces = y.reshape(-1, y.shape[-1]).double().split(_ROWS_AT_ONCE)
+        return torch.cat([self._log_prob(piece) for piece in pieces]).reshape(y.shape[:-1]).to(y)
+
+    def _log_prob(self, y: Tensor) -> Tensor:
+        z, log_f = self._scores(y)
+        factor = self.correlation_factor
+        w = torch.linalg.solve_triangular(factor, z.mT, upper=False).mT
+        log_det = factor.diagonal().log().sum()
+        return (log_f + 0.5 * z.square() - 0.5 * w.square()).sum(-1) - log_det
+
+
+_HALF = 0.5 * math.log(2 * math.pi)
+_QUARTILES = torch.tensor([0.25, 0.75], dtype=torch.float64)
+_MOST_KERNELS = 500
+_ROWS_AT_ONCE = 256
+_SMALLEST_TAIL = 1e-12
