@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import Predictive
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Tensor
 
 from pyro_nf._checks import check_count
@@ -68,7 +69,7 @@ class Posterior:
     @classmethod
     def from_guide(
         cls,
-        guide: AutoContinuous,
+        guide: AutoContinuous | AutoNormal,
         model: Callable[..., Any] | None = None,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -81,7 +82,7 @@ class Posterior:
         """Draws from a guide and weighs the draws.
 
         Args:
-            guide: An AutoFlow, or any of Pyro's continuous autoguides.
+            guide: An AutoFlow, an AutoNormal, or any AutoContinuous of Pyro's.
             model: The model; the one that the guide was built for by default.
             args: The model's arguments.
             kwargs: The model's keyword arguments.
@@ -95,9 +96,9 @@ class Posterior:
             TypeError: If the guide is of another kind.
         """
         check_count("Posterior", "num_draws", num_draws)
-        if not isinstance(guide, AutoContinuous):
+        if not isinstance(guide, (AutoContinuous, AutoNormal)):
             raise TypeError(
-                f"Posterior: guide must be an AutoFlow or an AutoContinuous, got "
+                f"Posterior: guide must be an AutoFlow, an AutoNormal or an AutoContinuous, got "
                 f"{type(guide).__name__}."
             )
         kwargs = dict(kwargs or {})
@@ -106,7 +107,10 @@ class Posterior:
                 guide(*args, **kwargs)
             if joint is None:
                 joint = LogJoint(model or guide.model, args, kwargs, seed=seed)
-            q = guide.get_posterior(*args, **kwargs)
+            if isinstance(guide, AutoNormal):
+                q = _flat_normal(guide, tuple(joint.sites))
+            else:
+                q = guide.get_posterior(*args, **kwargs)
             pieces = []
             for start in range(0, num_draws, _CHUNK):
                 shape = (min(_CHUNK, num_draws - start),)
@@ -300,3 +304,12 @@ class Posterior:
         from pyro_nf.plots import pair_plot
 
         return pair_plot(self.samples if sites is None else {s: self.samples[s] for s in sites})
+
+
+def _flat_normal(guide: AutoNormal, sites: Sequence[str]) -> dist.TorchDistribution:
+    """The unconstrained latents of an AutoNormal as one vector: it keeps them site by site."""
+    pairs = [guide._get_loc_and_scale(name) for name in sites]
+    loc, scale = (
+        torch.cat([part.reshape(-1) for part in parts]) for parts in zip(*pairs, strict=True)
+    )
+    return dist.Normal(loc, scale).to_event(1)
