@@ -24,6 +24,7 @@ PATIENCE_GAIN = 1e-3
 MOST_COMPONENTS = 128
 MOST_ITERATIONS = 100
 MOST_ROWS = 20_000
+MOST_ENTRIES = 30_000_000  # of the table of products, which has D^2 columns
 ROWS_PER_COMPONENT = 10
 
 
@@ -68,8 +69,9 @@ def fit_gaussian_mixture(
     """
     end = clock() + max_seconds
     n, dtype = len(x), x.dtype
-    if n > MOST_ROWS:
-        x = x[torch.randperm(n, generator=generator)[:MOST_ROWS].to(x.device)]
+    most_rows = min(MOST_ROWS, max(MOST_ENTRIES // x.shape[1] ** 2, 100))
+    if n > most_rows:
+        x = x[torch.randperm(n, generator=generator)[:most_rows].to(x.device)]
     x, validation = x.double(), validation.double()
     products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
     best, best_value = None, -math.inf

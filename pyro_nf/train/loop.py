@@ -175,7 +175,7 @@ def train(
     max_steps: int | None = None,
     max_seconds: float | None = None,
     check_every: int = 50,
-    patience: int | None = None,
+    patience: float | None = None,
     max_grad_norm: float | None = 10.0,
     seed: int | None = 0,
     progress: bool = True,
@@ -206,7 +206,8 @@ def train(
         max_steps: The most steps.
         max_seconds: The most seconds of the clock, those before a resume included.
         check_every: Steps between two checks.
-        patience: Stop after so many steps without a better metric; None for never.
+        patience: Stop when the metric has not improved for this share of the budget, for example
+            0.3; None for never.
         max_grad_norm: The norm that gradients are clipped to; None for no clipping.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
         progress: Whether to show a progress bar.
@@ -262,7 +263,7 @@ def train(
             source = islice(_again_and_again(batches), history.steps, None)
             history.stopped = ""
             module.train()
-            while not (reason := budget.spent(history) or _out_of_patience(history, patience)):
+            while not (reason := budget.spent(history) or run.out_of_patience(budget, patience)):
                 run.one_step(next(source), budget, max_grad_norm)
                 bar.update()
                 if history.steps % check_every == 0:
@@ -300,9 +301,9 @@ class _Budget:
     def seconds(self) -> float:
         return self.clock() - self._zero
 
-    def progress(self, step: int) -> float:
+    def share(self, step: int, seconds: float) -> float:
         by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_seconds = self.seconds() / self.max_seconds if self.max_seconds else 0.0
+        by_seconds = seconds / self.max_seconds if self.max_seconds else 0.0
         return min(1.0, max(by_steps, by_seconds))
 
     def spent(self, history: History) -> str:
@@ -338,7 +339,7 @@ class _Run:
     def one_step(self, batch: Any, budget: _Budget, max_grad_norm: float | None) -> None:
         history = self.history
         step = history.steps
-        progress = budget.progress(step)
+        progress = budget.share(step, budget.seconds())
         i = min(sum(progress >= end for end in self.ends), len(self.stages) - 1)
         stage, optimizer = self.stages[i], self.stages[i].optimizer
         start = self.ends[i - 1] if i else 0.0
@@ -387,6 +388,17 @@ class _Run:
         """Whether the metric of the present step is known."""
         checked = self.history.checked_steps
         return bool(checked) and checked[-1] == self.history.steps
+
+    def out_of_patience(self, budget: _Budget, patience: float | None) -> str:
+        """Say whether the metric has not improved for too long, or nothing."""
+        if patience is None or not self.is_checked:
+            return ""
+        history = self.history
+        best_seconds = history.seconds[history.best_step - 1] if history.best_step else 0.0
+        waited = budget.share(history.steps, budget.seconds()) - budget.share(
+            history.best_step, best_seconds
+        )
+        return "patience" if waited >= patience else ""
 
     def check(self) -> None:
         """Take the metric, and keep the state if it is the best so far."""
@@ -451,11 +463,6 @@ def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
                 "train: batches gave no batch. Give an iterable that can be started again "
                 "(a list, a DataLoader), not an iterator that ends."
             )
-
-
-def _out_of_patience(history: History, patience: int | None) -> str:
-    waited = history.steps - history.best_step
-    return "patience" if patience is not None and waited >= patience else ""
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
