@@ -1,10 +1,10 @@
-"""Conditioners that see their whole input: a residual perceptron, and a constant."""
+"""Conditioners that see their whole input: a perceptron, and a constant."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from pyro_nf._checks import check_count
 
 
 class MLP(nn.Module):
-    r"""A residual perceptron from ``(x, context)`` to ``(..., output_dim, num_params)``.
+    r"""A perceptron from ``(x, context)`` to ``(..., output_dim, num_params)``.
 
     .. math::
         h_1 = W_1 x + V c + b_1, \qquad
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         *,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
-        residual: bool = True,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if not hidden_dims:
@@ -62,22 +62,34 @@ class MLP(nn.Module):
         if input_dim + context_dim == 0:
             raise ValueError("MLP: input_dim and context_dim are both 0; use Constant instead.")
         self.output_shape = (output_dim, num_params)
-        self.activation = activation()
         self.first = nn.Linear(input_dim, hidden_dims[0]) if input_dim else None
         self.context = nn.Linear(context_dim, hidden_dims[0]) if context_dim else None
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden_dims))
-        self.skips = [residual and layer.in_features == layer.out_features for layer in self.hidden]
-        self.last = nn.Linear(hidden_dims[-1], output_dim * num_params)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        last = nn.Linear(hidden_dims[-1], output_dim * num_params)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        layers: list[nn.Module] = []
+        for a, b in pairwise(hidden_dims):
+            layer = (activation(), nn.Linear(a, b))
+            layers += [Skip(*layer)] if residual and a == b else layer
+        self.rest = nn.Sequential(*layers, activation(), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        seen = [(self.first, x), (self.context, context)]
-        h = reduce(torch.add, [layer(value) for layer, value in seen if layer is not None])
-        for layer, skip in zip(self.hidden, self.skips, strict=True):
-            g = layer(self.activation(h))
-            h = h + g if skip else g
-        return self.last(self.activation(h)).unflatten(-1, self.output_shape)
+        if self.context is None:
+            h = cast(nn.Module, self.first)(x)
+        elif self.first is None:
+            h = self.context(context)
+        else:
+            h = self.first(x) + self.context(context)
+        params: Tensor = self.rest(h)
+        return params.view(*params.shape[:-1], *self.output_shape)
+
+
+class Skip(nn.Sequential):
+    """Layers with a skip around them, :math:`h + f(h)`."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Returns ``h + f(h)``, of the shape of ``h``."""
+        return h + cast(Tensor, super().forward(h))
 
 
 class Constant(nn.Module):

@@ -42,13 +42,20 @@ def find_bin(
         axis: 0 to compare with the knots on the x axis, 1 with those on the y axis.
     """
     count_bins = raw_sizes.shape[-1]
-    share = MIN_BIN + (1 - MIN_BIN * count_bins) * torch.softmax(raw_sizes, -1)
-    sizes = (high - low) * share
-    ends = low + sizes.cumsum(-1)
-    k = (value.unsqueeze(-1) >= ends[..., axis, :-1]).sum(-1, keepdim=True)
-    both = k.unsqueeze(-2).expand(*sizes.shape[:-1], 1)
-    w, h = sizes.gather(-1, both).squeeze(-1).unbind(-1)
-    x1, y1 = ends.gather(-1, both).squeeze(-1).unbind(-1)
+    scale = 1 - MIN_BIN * count_bins
+    # softmax by hand, for its sum is the last of the running sums that the knots need anyway
+    e = (raw_sizes - raw_sizes.detach().amax(-1, keepdim=True)).exp()
+    sums = e.cumsum(-1)
+    total = sums[..., -1:] / scale
+    # value >= knot j, solved for the running sum at j: all knots need no other arithmetic
+    least = torch.arange(1, count_bins, dtype=value.dtype, device=value.device) * MIN_BIN
+    unit = ((value - low) / (high - low)).unsqueeze(-1)
+    k = ((unit - least) * total[..., axis, :] >= sums[..., axis, :-1]).sum(-1, keepdim=True)
+    both = k.unsqueeze(-2).expand(*e.shape[:-1], 1)
+    sizes = (high - low) * (MIN_BIN + e.gather(-1, both) / total)
+    ends = low + (high - low) * (MIN_BIN * (both + 1) + sums.gather(-1, both) / total)
+    w, h = sizes.squeeze(-1).unbind(-1)
+    x1, y1 = ends.squeeze(-1).unbind(-1)
     raw = raw_slopes.gather(-1, torch.cat((k, k + 1), -1))
     d0, d1 = (MIN_SLOPE + F.softplus(raw + SLOPE_AT_ZERO)).unbind(-1)
     return Bin(x1 - w, y1 - h, w, h, d0, d1)

@@ -90,7 +90,9 @@ class Coupling(FlowTransform):
         first, last = value.split(self.sizes, -1)
         a, b = (last, first) if self.swap else (first, last)
         params = self.net(a, context)
-        b, ladj = direction(b, params.expand(*b.shape, params.shape[-1]))
+        if params.shape[:-1] != b.shape:  # the conditioner saw less than the whole batch
+            params = params.expand(*b.shape, params.shape[-1])
+        b, ladj = direction(b, params)
         return torch.cat((b, a) if self.swap else (a, b), -1), ladj.sum(-1)
 
 

@@ -35,8 +35,8 @@ class Additive(UnivariateMap):
 class Affine(UnivariateMap):
     r"""Shift and scale, :math:`y = t + x e^{s}`, with an exact inverse.
 
-    The log-scale is bounded smoothly, :math:`s = b \tanh(a / b)`: far from the data a network
-    extrapolates, and an unbounded :math:`e^{a}` overflows.
+    The log-scale is bounded smoothly, :math:`s = a / \sqrt{1 + (a / b)^2}` with :math:`|s| < b`:
+    far from the data a network extrapolates, and an unbounded :math:`e^{a}` overflows.
 
     The map of *Density estimation using Real NVP* (Dinh, Sohl-Dickstein, Bengio, 2017) and of
     *Masked Autoregressive Flow for Density Estimation* (Papamakarios, Pavlakou, Murray, 2017).
@@ -65,12 +65,13 @@ class Affine(UnivariateMap):
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
         b = self.max_log_scale
-        return t, b * torch.tanh(a / b)
+        return t, a * torch.rsqrt(torch.addcmul(a.new_ones(()), a, a, value=b**-2))
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         t, s = self._shift_and_log_scale(params)
-        return t + x * s.exp(), s.expand_as(x)
+        return torch.addcmul(t, x, s.exp()), s
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         t, s = self._shift_and_log_scale(params)
-        return (y - t) * (-s).exp(), (-s).expand_as(y)
+        ladj = -s
+        return (y - t) * ladj.exp(), ladj
