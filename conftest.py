@@ -15,5 +15,6 @@ matplotlib.use("Agg")
 def _fresh_start() -> Iterator[None]:
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
+    pyro.enable_validation(True)  # torch.compile turns it off for the whole process
     yield
     pyro.clear_param_store()

@@ -36,6 +36,18 @@ class Base(nn.Module, ABC):
         """Returns a fresh distribution with this batch shape."""
 
 
+class _Normal(dist.Normal):
+    """Draws by ``randn``: under vmap each example may have noise of its own.
+
+    Torch's own Normal fills an empty tensor in place, which vmap cannot do for each example.
+    """
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.scale * noise
+
+
 class DiagonalNormal(Base):
     r"""Independent normals, :math:`x_i \sim N(\mu_i, \sigma_i)`; standard normals by default.
 
@@ -66,5 +78,5 @@ class DiagonalNormal(Base):
         self.register_buffer("scale", scale.expand(input_dim).clone())
 
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
-        normal = dist.Normal(self.loc, self.scale, validate_args=False)
+        normal = _Normal(self.loc, self.scale, validate_args=False)
         return normal.expand(torch.Size(batch_shape) + self.loc.shape).to_event(1)

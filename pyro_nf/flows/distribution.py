@@ -74,7 +74,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws with gradients to all parameters; their density is then free once."""
         y, log_prob = self.rsample_and_log_prob(sample_shape)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or _is_inside_transform(y)):
             self._last = _LastSample(y, log_prob, self._state())
         return y
 
@@ -105,6 +105,11 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
+
+
+def _is_inside_transform(tensor: Tensor) -> bool:
+    """Whether torch.func is transforming what is computed: then values cannot be compared."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 class _LastSample:
