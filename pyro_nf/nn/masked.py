@@ -1,0 +1,233 @@
+"""The masked network of an autoregressive transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_nf._checks import check_count, check_dims
+
+# A triangular product is cut into at most MAX_STRIPS strips, none thinner than MIN_STRIP rows: more
+# strips skip more of the half that is zero, thinner ones cost more in calls than they save.
+MAX_STRIPS = 8
+MIN_STRIP = 64
+
+
+class MaskedNet(nn.Module):
+    r"""A network whose parameters of coordinate ``i`` see only the coordinates before ``i``.
+
+    .. math::
+        s_1 = W_1 x + V c + b_1, \qquad
+        s_{l+1} = [s_l +] W_{l+1} \sigma(s_l) + b_{l+1}, \qquad
+        \theta = s_{L+1}
+
+    with the skip :math:`[s_l +]`, if wanted, between hidden layers of the same width. Every hidden
+    unit has a degree: a unit of degree ``m`` sees :math:`x_{<m}`, and :math:`\theta_i` sees the
+    units of degree at most ``i``. Units are sorted by degree and the degrees spread evenly, so that
+    every :math:`W_l` is block lower triangular, with one row of blocks for each coordinate; nothing
+    is random but the weights. Wide layers skip the half of their product that is zero, and
+    :mod:`pyro_nf.nn.triangular` solves with the network as one solves with a triangular matrix.
+
+    The last layer starts at zero, and :math:`\theta = 0` is the identity of every univariate map.
+    Every coordinate sees the context, whose product with ``V`` is taken before it is broadcast to
+    the batch of ``x``.
+
+    *MADE: Masked Autoencoder for Distribution Estimation* (Germain, Gregor, Murray, Larochelle,
+    2015).
+
+    Args:
+        input_dim: How many coordinates ``x`` has, ``D``.
+        num_params: How many parameters each of them gets, ``P``.
+        context_dim: Width of the context, 0 for none.
+        hidden_dims: Widths of the ``L`` hidden layers; with none :math:`\theta` is linear in ``x``.
+        activation: Makes :math:`\sigma`, which must act on each number alone.
+        residual: Whether hidden layers of equal width are joined by a skip.
+
+    Attributes:
+        layers: The :class:`MaskedLinear` layers, ``L + 1`` of them.
+        skips: For each layer after the first, whether it has a skip.
+        groups: For ``x``, each hidden layer and the parameters: how many entries belong to each
+            coordinate.
+
+    Raises:
+        ValueError: If a dimension makes no sense.
+
+    Example:
+        >>> import torch
+        >>> net = MaskedNet(3, 2, context_dim=4, hidden_dims=(16, 16))
+        >>> net(torch.zeros(7, 3), torch.zeros(4)).shape
+        torch.Size([7, 3, 2])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_params: int,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        check_dims("MaskedNet", input_dim, context_dim)
+        for width in hidden_dims:
+            check_count("MaskedNet", "hidden_dims", width)
+        self.input_dim, self.num_params, self.context_dim = input_dim, num_params, context_dim
+        # Without a context a unit of degree 0 is a constant: there are some only if D is 1.
+        lowest = 0 if context_dim else min(1, input_dim - 1)
+        degrees = [
+            torch.arange(input_dim),
+            *(_spread(width, lowest, input_dim - 1) for width in hidden_dims),
+            torch.arange(input_dim).repeat_interleave(num_params),
+        ]
+        # A unit of degree m sees x_j for j < m only, but all units of degree <= m.
+        layers = [
+            MaskedLinear(before, after, strict=before is degrees[0])
+            for before, after in pairwise(degrees)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.skips = [residual and a == b for a, b in pairwise(hidden_dims)]
+        if hidden_dims:
+            self.skips.append(False)
+        self.groups = [units.bincount(minlength=input_dim).tolist() for units in degrees]
+        self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
+        self.activation = activation()
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+        if self.context is not None and not hidden_dims:
+            nn.init.zeros_(self.context.weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.sums(x, context)[-1].unflatten(-1, (self.input_dim, self.num_params))
+
+    def sums(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
+        r"""Returns :math:`s_1, \dots, s_{L+1}`; the last is the output, ``(..., D * P)``."""
+        s = self.layers[0](x)
+        if self.context is not None:
+            s = s + self.context(context)
+        return propagate(s, self.layers[1:], self.skips, self.activation)
+
+
+def propagate(
+    s: Tensor,
+    layers: Iterable[Callable[[Tensor], Tensor]],
+    skips: Iterable[bool],
+    activation: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    r"""Returns ``s`` and what follows: :math:`s_{l+1} = [s_l +] W_{l+1} \sigma(s_l) + b_{l+1}`."""
+    sums = [s]
+    for layer, skip in zip(layers, skips, strict=True):
+        s = s + layer(activation(s)) if skip else layer(activation(s))
+        sums.append(s)
+    return sums
+
+
+def _spread(width: int, lowest: int, highest: int) -> Tensor:
+    """Spreads sorted degrees evenly; if there are more degrees than units, both ends are there."""
+    count = highest - lowest + 1
+    if width >= count:
+        return lowest + torch.arange(width) * count // width
+    return torch.linspace(lowest, highest, width).round().long()
+
+
+class MaskedLinear(nn.Module):
+    r"""A linear layer between sorted units that sees lower degrees only, :math:`y = W a + b`.
+
+    Args:
+        in_degrees: Sorted degrees of the inputs.
+        out_degrees: Sorted degrees of the outputs.
+        strict: Whether an output sees the inputs of lower degree only, or also those of its own.
+
+    Example:
+        >>> import torch
+        >>> MaskedLinear(torch.arange(3), torch.arange(3), strict=True).mask.tolist()
+        [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+    """
+
+    mask: Tensor
+
+    def __init__(self, in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> None:
+        super().__init__()
+        shape = len(out_degrees), len(in_degrees)
+        seen = torch.searchsorted(in_degrees, out_degrees, right=not strict)
+        # Uniform as in torch.nn.Linear, but by the number of inputs that a unit does see.
+        bound = seen.clamp_min(1).to(torch.get_default_dtype()).rsqrt()
+        self.weight = nn.Parameter(bound.unsqueeze(-1) * torch.empty(shape).uniform_(-1, 1))
+        self.bias = nn.Parameter(bound * torch.empty(len(out_degrees)).uniform_(-1, 1))
+        # The sizes alone decide the mask, so it does not travel in the state_dict.
+        mask = torch.arange(len(in_degrees)) < seen.unsqueeze(-1)
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.strips = _cut(seen, len(in_degrees))
+
+    def masked_weight(self) -> Tensor:
+        """Returns the block lower triangular ``W``."""
+        return self.weight * self.mask
+
+    def forward(self, a: Tensor) -> Tensor:
+        if self.strips is None:
+            return F.linear(a, self.masked_weight(), self.bias)
+        return _TriangularLinear.apply(a, self.masked_weight(), self.bias, *self.strips)
+
+
+#: Entries (start, stop, reach): rows start to stop see the columns before ``reach``, or columns
+#: start to stop are seen by the rows from ``reach`` on.
+_Strips = list[tuple[int, int, int]]
+
+
+def _cut(seen: Tensor, in_features: int) -> tuple[_Strips, _Strips] | None:
+    """Cuts a weight whose row ``r`` sees ``seen[r]`` columns into strips of rows and of columns."""
+    count = min(MAX_STRIPS, len(seen) // MIN_STRIP, in_features // MIN_STRIP)
+    if count < 2:
+        return None
+    row_ends = [len(seen) * i // count for i in range(count + 1)]
+    column_ends = [in_features * i // count for i in range(count + 1)]
+    rows = [(a, b, int(seen[b - 1])) for a, b in pairwise(row_ends)]
+    columns = [(a, b, int((seen <= a).sum())) for a, b in pairwise(column_ends)]
+    return rows, columns
+
+
+class _TriangularLinear(torch.autograd.Function):
+    """``F.linear`` for a lower triangular weight, in strips that leave out most of the zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, weight: Tensor, bias: Tensor, rows: _Strips, columns: _Strips) -> Tensor:
+        strips = [
+            F.linear(a[..., :reach], weight[start:stop, :reach], bias[start:stop])
+            for start, stop, reach in rows
+        ]
+        return torch.cat(strips, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, weight, _, ctx.rows, ctx.columns = inputs
+        ctx.save_for_backward(a, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, weight = ctx.saved_tensors
+        need_a, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_a = grad_weight = grad_bias = None
+        if need_a:
+            strips = [
+                grad[..., reach:] @ weight[reach:, start:stop] for start, stop, reach in ctx.columns
+            ]
+            grad_a = torch.cat(strips, -1)
+        grad, a = grad.reshape(-1, grad.shape[-1]), a.reshape(-1, a.shape[-1])
+        if need_weight:
+            width = weight.shape[-1]
+            strips = [
+                F.pad(grad[:, start:stop].T @ a[:, :reach], (0, width - reach))
+                for start, stop, reach in ctx.rows
+            ]
+            grad_weight = torch.cat(strips)
+        if need_bias:
+            grad_bias = grad.sum(0)
+        return grad_a, grad_weight, grad_bias, None, None

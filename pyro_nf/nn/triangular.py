@@ -1,0 +1,415 @@
+r"""Solving with a masked network as one solves with a triangular matrix.
+
+The slow direction of an autoregressive map asks for the ``z`` with
+
+.. math:: z = g(v; \theta), \qquad \theta = \operatorname{net}(z),
+
+where ``g`` acts on each coordinate alone and :math:`\theta_i` depends on :math:`z_{<i}` only. Plain
+substitution runs the network ``D`` times. But the units of a
+:class:`~pyro_nf.nn.masked.MaskedNet` are sorted, so that they form a ring of links
+
+.. math::
+    z \xrightarrow{W_1} s_1 \xrightarrow{\sigma, W_2} s_2 \to \dots \to s_L
+    \xrightarrow{\sigma, W_{L+1}} \theta \xrightarrow{g} z
+
+in which every weight is block lower triangular, with one row of blocks, a *group*, for each
+coordinate. Once :math:`z_{<i}` is known, the units of degree ``i``, then :math:`\theta_i`, then
+:math:`z_i` can be computed: each once. :func:`substitute` does so by halves, on all links at once:
+
+.. code-block:: text
+
+         | A    |     1. substitute in the first half of the groups (A),
+    W  = |      |     2. push what came out onto the sums of the second half (B), one GEMM a link,
+         | B  C |     3. substitute in the second half (C).
+
+In all, what is multiplied lies on and below the diagonal: half of one dense pass.
+
+The gradient needs no loop to be remembered. With :math:`N = \partial\operatorname{net}/\partial z`
+and :math:`G = \partial g/\partial\theta`, the implicit function theorem says of
+:math:`\theta = \operatorname{net}(g(v; \theta))`: where a gradient :math:`\tau` of :math:`\theta`
+arrives, the network must be given :math:`\bar\theta` and ``v`` in addition :math:`\bar v`,
+
+.. math::
+    \bar\theta = \tau + G^\top \mu, \qquad \mu = N^\top \bar\theta, \qquad
+    \bar v = (\partial g/\partial v)^\top \mu.
+
+:math:`N^\top` is a chain of transposed weights and slopes of activations, so this is such a ring
+again, and read backwards it is block lower triangular: :func:`substitute` solves it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pyro_nf.nn.masked import MaskedLinear, MaskedNet, propagate
+
+# Below this many groups halving costs more in calls than it saves in products.
+LEAF = 8
+
+# For a few rows a whole pass costs little more than one group of the substitution: as much as
+# 1 + weights / WEIGHTS_PER_GROUP groups. So for up to FEW_ROWS rows passes are tried first, for at
+# most half of the time that the substitution would take.
+FEW_ROWS = 4
+WEIGHTS_PER_GROUP = 60_000
+
+#: One direction of a univariate map: of values ``(..., D)`` and parameters ``(..., D, P)`` it makes
+#: images and ladjs, both ``(..., D)``.
+Map = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""Finds ``z`` with :math:`z = g(v; \operatorname{net}(z, c))` for the price of about one pass.
+
+    Exact up to rounding. Differentiable once, in all that goes in; works under
+    :func:`torch.func.vmap` unless the weights are mapped over.
+
+    Args:
+        net: The network of :math:`\theta`.
+        g: One direction of a univariate map.
+        v: Shape ``(..., D)``.
+        context: Shape ``(..., C)``, whose batch broadcasts to that of ``v``; None if there is none.
+
+    Returns:
+        ``z`` of shape ``(..., D)`` and the sum of the ladjs of ``g``, shape ``(...)``.
+
+    Raises:
+        NotImplementedError: If :func:`torch.func.vmap` maps over the weights.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.univariate.affine import Affine
+        >>> net, v = MaskedNet(5, 2), torch.randn(100, 5)
+        >>> z, _ = solve(net, Affine().forward_and_ladj, v, None)
+        >>> torch.allclose(z, Affine().forward_and_ladj(v, net(z))[0], atol=1e-5)
+        True
+    """
+    layers = cast(Sequence[MaskedLinear], net.layers)
+    plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    # What the first sums hold before any z is known.
+    start = biases[0] if net.context is None else biases[0] + net.context(context)
+    start = start.expand(*v.shape[:-1], -1)
+    with torch.no_grad():
+        z, ladj = _Solve.apply(plan, _rows(v), _rows(start), *weights, *biases[1:])
+        z, ladj = z.reshape(v.shape), ladj.reshape(v.shape[:-1])
+    if not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (v, start, *weights, *biases))
+    ):
+        return z, ladj
+    sums = net.sums(z, context)
+    theta = _with_implicit_gradient(plan, _rows(v), [_rows(s) for s in sums], weights)
+    z, ladj = g(v, theta.reshape(*v.shape, net.num_params))
+    return z, ladj.sum(-1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+class Link(NamedTuple):
+    """One link of a ring: its sums collect ``weight`` times the values of the link before.
+
+    Features come first, ``(features, N)``, so that the entries of a group are neighbours in memory.
+
+    Attributes:
+        weight: Block lower triangular where ``mask`` is 1; the rest is not looked at.
+        mask: 1 where the weight counts.
+        sums: Starts as the bias, collects products.
+        values: What ``point`` makes of the sums. May be the same tensor.
+        sum_ends: Where the groups of the sums begin and end, ``D + 1`` numbers.
+        value_ends: The same of the values.
+        point: ``(i, finished sums of group i) -> values of group i``.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    sums: Tensor
+    values: Tensor
+    sum_ends: list[int]
+    value_ends: list[int]
+    point: Callable[[int, Tensor], Tensor]
+
+
+def substitute(ring: Sequence[Link], first: int, last: int) -> None:
+    """Computes the values of the groups from ``first`` to before ``last``.
+
+    Args:
+        ring: The links in the order in which a group is computed. The first link takes the values
+            of the last one, and of earlier groups only.
+        first: The first group. All products with the groups before it are in the sums already.
+        last: One past the last group.
+    """
+    if last - first <= LEAF:
+        return _substitute_group_by_group(ring, first, last)
+    middle = (first + last) // 2
+    substitute(ring, first, middle)
+    for before, link in zip((ring[-1], *ring), ring, strict=False):
+        rows = slice(link.sum_ends[middle], link.sum_ends[last])
+        columns = slice(before.value_ends[first], before.value_ends[middle])
+        link.sums[rows].addmm_(link.weight[rows, columns], before.values[columns])
+    substitute(ring, middle, last)
+
+
+def _substitute_group_by_group(ring: Sequence[Link], first: int, last: int) -> None:
+    steps: list[list[tuple[Any, ...]]] = [[] for _ in range(first, last)]
+    for before, link in zip((ring[-1], *ring), ring, strict=False):
+        rows = slice(link.sum_ends[first], link.sum_ends[last])
+        columns = slice(before.value_ends[first], before.value_ends[last])
+        sum_sizes = [b - a for a, b in pairwise(link.sum_ends[first : last + 1])]
+        value_sizes = [b - a for a, b in pairwise(link.value_ends[first : last + 1])]
+        # Weights to be masked are near the diagonal only. A group multiplies all columns of the
+        # leaf: those that are not computed yet have weight 0.
+        weights = (link.weight[rows, columns] * link.mask[rows, columns]).split(sum_sizes)
+        sums = link.sums[rows].split(sum_sizes)
+        values = sums
+        if link.values is not link.sums:
+            values = link.values[link.value_ends[first] : link.value_ends[last]].split(value_sizes)
+        for step, size, *group in zip(steps, sum_sizes, weights, sums, values, strict=True):
+            if size:  # narrow layers have no unit of some degrees
+                step.append((link.point, before.values[columns], *group))
+    for i, step in enumerate(steps, start=first):
+        for point, known, weight, sums_i, values_i in step:
+            values_i.copy_(point(i, sums_i.addmm_(weight, known)))
+
+
+class _Plan(NamedTuple):
+    """What a solve must know besides tensors that have a gradient or a batch."""
+
+    g: Map
+    activation: nn.Module
+    skips: list[bool]
+    masks: list[Tensor]
+    groups: list[list[int]]
+
+
+class _Solve(torch.autograd.Function):
+    """``z`` and the ladj, of rows of ``v`` and of the first sums without ``z``."""
+
+    @staticmethod
+    def forward(
+        plan: _Plan, v: Tensor, start: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        count = len(plan.masks)
+        weights, biases = parameters[:count], parameters[count:]
+        with torch.inference_mode():  # makes all the small calls some 10 % cheaper
+            found = _by_passes(plan, v, start, weights, biases) if len(v) <= FEW_ROWS else None
+            z, ladj = found or _by_substitution(plan, v, start, weights, biases)
+        # Copies made out here are ordinary tensors again.
+        return z.clone(memory_format=torch.contiguous_format), ladj.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: _Plan, *tensors: Tensor) -> Any:
+        return _fold_vmap(_Solve, info.batch_size, in_dims, plan, tensors, 2 * len(plan.masks) - 1)
+
+
+def _by_passes(
+    plan: _Plan, v: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Iterates ``z <- g(v; net(z))`` until no bit changes: then ``z`` solves. None if not in time.
+
+    Each pass settles at least one more coordinate, and mostly many more.
+    """
+    input_dim = v.shape[-1]
+    groups_per_pass = 1 + sum(w.numel() for w in weights) / WEIGHTS_PER_GROUP
+    weights = [weight * mask for weight, mask in zip(weights, plan.masks, strict=True)]
+    layers = [partial(F.linear, weight=w, bias=b) for w, b in zip(weights[1:], biases, strict=True)]
+    z = v
+    for _ in range(int(input_dim / groups_per_pass / 2)):
+        s = start + F.linear(z, weights[0])
+        theta = propagate(s, layers, plan.skips, plan.activation)[-1]
+        image, ladj = plan.g(v, theta.unflatten(-1, (input_dim, -1)))
+        if torch.equal(image, z):
+            return image, ladj.sum(-1)
+        z = image
+    return None
+
+
+def _by_substitution(
+    plan: _Plan, v: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    r"""The ring :math:`z \to s_1 \to \dots \to s_L \to \theta \to z`."""
+    ends = [[0, *accumulate(sizes)] for sizes in plan.groups]
+    # Fresh memory is dear, so values take the place of what they are computed from.
+    z = v.T.clone(memory_format=torch.contiguous_format)
+    v_of, ladj = z.unbind(), v.new_zeros(len(v))
+    sums = [start.T.clone(memory_format=torch.contiguous_format)]
+    sums += [bias.unsqueeze(-1).repeat(1, len(v)) for bias in biases]
+    values, activation = sums[:-1], _in_place(plan.activation)
+    if any(plan.skips):  # which need the sums when the values are there
+        values, activation = [torch.zeros_like(s) for s in values], plan.activation
+    s = z  # the sums of the layer before
+
+    def unit(skip: bool) -> Callable[[int, Tensor], Tensor]:
+        def point(i: int, sums: Tensor) -> Tensor:
+            nonlocal s
+            s = sums.add_(s) if skip else sums
+            return activation(s)
+
+        return point
+
+    def output(i: int, theta: Tensor) -> Tensor:
+        z_i, ladj_i = plan.g(v_of[i], theta.T)
+        ladj.add_(ladj_i)
+        return z_i
+
+    skips = (False, *plan.skips)
+    ring = [
+        Link(
+            weights[k], plan.masks[k], sums[k], values[k], ends[k + 1], ends[k + 1], unit(skips[k])
+        )
+        for k in range(len(values))
+    ]
+    ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, ends[-1], ends[0], output))
+    substitute(ring, 0, len(z))
+    return z.T, ladj
+
+
+def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation, in place if it can be, and without the cost of a module's call."""
+    activation = copy(activation)
+    if "inplace" in vars(activation):
+        vars(activation)["inplace"] = True
+    return cast(Callable[[Tensor], Tensor], activation.forward)
+
+
+def _with_implicit_gradient(
+    plan: _Plan, v: Tensor, sums: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    r"""Returns :math:`\theta`, the last of the sums at the solution, with its whole gradient."""
+    *hidden, theta = sums
+    theta = theta.unflatten(-1, (v.shape[-1], -1))
+
+    def pointwise(v: Tensor, theta: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        return plan.g(v, theta)[0], *(plan.activation(s) for s in hidden)
+
+    # The type of vjp cannot say that without an auxiliary output it returns a pair.
+    images, pull = torch.func.vjp(pointwise, *(t.detach() for t in (v, theta, *hidden)))  # type: ignore[misc]
+    slopes = pull(tuple(torch.ones_like(image) for image in images))
+    return _ImplicitGradient.apply(plan, v, theta, *slopes, *(w.detach() for w in weights))
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    r"""The identity of :math:`\theta`; its backward gives :math:`\bar v` and :math:`\bar\theta`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan: _Plan, v: Tensor, theta: Tensor, *slopes_and_weights: Tensor) -> Tensor:
+        return theta.view_as(theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plan, _, _, *slopes_and_weights = inputs
+        ctx.save_for_backward(*slopes_and_weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, tau: Tensor) -> tuple[Tensor | None, ...]:
+        grad_v, grad_theta = _SolveTransposed.apply(ctx.plan, tau, *ctx.saved_tensors)
+        return None, grad_v, grad_theta, *(None for _ in ctx.saved_tensors)
+
+
+class _SolveTransposed(torch.autograd.Function):
+    r""":math:`\bar v` and :math:`\bar\theta`, of rows of :math:`\tau` and of the slopes."""
+
+    @staticmethod
+    def forward(plan: _Plan, tau: Tensor, *slopes_and_weights: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(plan.masks)
+        slope_v, *slopes = slopes_and_weights[:-count]
+        with torch.inference_mode():
+            mu, theta_bar = _by_transposed_substitution(
+                plan, tau, slopes, slopes_and_weights[-count:]
+            )
+        return slope_v * mu, theta_bar.clone().reshape(tau.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: _Plan, *tensors: Tensor) -> Any:
+        return _fold_vmap(
+            _SolveTransposed, info.batch_size, in_dims, plan, tensors, len(plan.masks)
+        )
+
+
+def _by_transposed_substitution(
+    plan: _Plan, tau: Tensor, slopes: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    r"""The ring :math:`\bar\theta \to \bar s_L \to \dots \to \bar s_1 \to \mu \to \bar\theta`.
+
+    .. math:: \bar s_l = \sigma'(s_l) \odot W_{l+1}^\top \bar s_{l+1} \; [+ \bar s_{l+1}]
+
+    The last group comes first, so everything is turned round.
+    """
+    groups = [sizes[::-1] for sizes in plan.groups]
+    ends = [[0, *accumulate(sizes)] for sizes in groups]
+    transposed = [
+        (weight.T.flip(0, 1), mask.T.flip(0, 1))
+        for weight, mask in zip(weights, plan.masks, strict=True)
+    ]
+
+    def turned(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return t.flatten(1).T.flip(0).contiguous().split(sizes)
+
+    tau_of, slope_theta = turned(tau, groups[-1]), turned(slopes[0], groups[-1])
+    s_bar = tau
+
+    def parameters(i: int, mu: Tensor) -> Tensor:
+        nonlocal s_bar
+        s_bar = torch.addcmul(tau_of[i], slope_theta[i], mu)
+        return s_bar
+
+    def unit(slope: tuple[Tensor, ...], skip: bool) -> Callable[[int, Tensor], Tensor]:
+        def point(i: int, sums: Tensor) -> Tensor:
+            nonlocal s_bar
+            s_bar = torch.addcmul(s_bar, slope[i], sums) if skip else slope[i] * sums
+            return s_bar
+
+        return point
+
+    mu = tau.new_zeros(ends[0][-1], len(tau))
+    theta_bar = tau.new_zeros(ends[-1][-1], len(tau))
+    ring = [Link(*transposed[0], mu, theta_bar, ends[0], ends[-1], parameters)]
+    for k in reversed(range(1, len(weights))):
+        sums = tau.new_zeros(ends[k][-1], len(tau))
+        point = unit(turned(slopes[k], groups[k]), plan.skips[k - 1])
+        ring.append(Link(*transposed[k], sums, sums, ends[k], ends[k], point))
+    substitute(ring, 0, len(mu))
+    return mu.flip(0).T, theta_bar.flip(0).T
+
+
+def _fold_vmap(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[Any, ...],
+    plan: _Plan,
+    tensors: Sequence[Tensor],
+    count_unmapped: int,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Applies ``function`` to the mapped dimension as more rows; its last tensors have no rows."""
+    dims, count = in_dims[1:], len(tensors) - count_unmapped
+    if any(dim is not None for dim in dims[count:]):
+        raise NotImplementedError(
+            "The slow direction of an autoregressive transform cannot be vmapped over its weights; "
+            "loop over the networks, or vmap over inputs and contexts only."
+        )
+    rows = [
+        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors[:count], dims, strict=False)
+    ]
+    outputs = function.apply(plan, *(t.flatten(0, 1) for t in rows), *tensors[count:])
+    return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)

@@ -1,0 +1,157 @@
+"""The masked network: who sees whom, and the triangular product."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pyro_nf.nn import masked
+from pyro_nf.nn.masked import MaskedLinear, MaskedNet
+
+SHAPES = [
+    (1, (8,)),
+    (2, (3, 3)),
+    (5, (16, 16)),
+    (5, ()),
+    (33, (7,)),
+    (70, (256, 256)),
+    (9, (4, 40, 6)),
+]
+
+
+def random_net(input_dim, num_params, context_dim=0, scale=0.5, **options):
+    net = MaskedNet(input_dim, num_params, context_dim, **options).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=scale)
+    return net
+
+
+def jacobian(function, value):
+    return torch.autograd.functional.jacobian(function, value)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("input_dim", "hidden_dims"), SHAPES)
+def test_parameters_see_all_coordinates_before_and_none_after(input_dim, hidden_dims, residual):
+    net = random_net(input_dim, 2, hidden_dims=hidden_dims, residual=residual, activation=nn.Tanh)
+    x = torch.randn(input_dim, dtype=torch.double)
+    dependence = jacobian(net, x).abs().sum(1)
+    assert dependence.triu().eq(0).all()
+    if not hidden_dims or min(hidden_dims) >= input_dim - 1:
+        seen = dependence.tril(-1) > 0
+        assert seen.sum() == input_dim * (input_dim - 1) // 2
+
+
+@pytest.mark.parametrize(("input_dim", "hidden_dims"), SHAPES)
+def test_every_parameter_sees_the_context(input_dim, hidden_dims):
+    net = random_net(input_dim, 2, 3, hidden_dims=hidden_dims, activation=nn.Tanh)
+    x, context = torch.randn(input_dim).double(), torch.randn(3).double()
+    assert jacobian(lambda c: net(x, c), context).ne(0).all()
+
+
+def test_narrow_layers_still_reach_the_ends():
+    net = random_net(50, 1, hidden_dims=(4,), activation=nn.Tanh)
+    dependence = jacobian(net, torch.randn(50).double()).squeeze(1)
+    assert dependence[-1, :-1].ne(0).all()  # the last coordinate sees all before it
+    assert dependence[1, 0] != 0  # and the second sees the first
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("hidden_dims", [(), (16,), (16, 16)])
+def test_starts_at_zero_with_weights_behind_it(hidden_dims, context_dim):
+    net = MaskedNet(5, 2, context_dim, hidden_dims=hidden_dims)
+    context = torch.randn(3) if context_dim else None
+    assert net(torch.randn(7, 5), context).eq(0).all()
+    if hidden_dims:
+        assert all(s.std() > 0.1 for s in net.sums(torch.randn(7, 5), context)[:-1])
+
+
+def test_units_start_alike_however_many_inputs_they_see():
+    torch.manual_seed(0)
+    net = MaskedNet(64, 1, hidden_dims=(630, 630))
+    first, second, _ = net.sums(torch.randn(500, 64))
+    for s in (first, second):
+        spread = s.std(0)
+        few, many = spread[:100].mean(), spread[-100:].mean()
+        assert 0.6 < few / many < 1.7
+
+
+def test_context_broadcasts_and_is_multiplied_before():
+    net = random_net(4, 2, 3, hidden_dims=(8, 8))
+    x, context = torch.randn(6, 5, 4).double(), torch.randn(5, 3).double()
+    rows = []
+    net.context.register_forward_hook(lambda module, args, out: rows.append(out.shape))
+    together = net(x, context)
+    assert rows == [(5, 8)]
+    torch.testing.assert_close(together, net(x, context.expand(6, 5, 3)))
+
+
+def test_only_weights_travel_and_only_weights_are_random():
+    first, second = MaskedNet(5, 2, 3), MaskedNet(5, 2, 3)
+    assert not any("mask" in name for name in first.state_dict())
+    second.load_state_dict(first.state_dict())
+    x, context = torch.randn(4, 5), torch.randn(4, 3)
+    assert all(map(torch.equal, first.sums(x, context), second.sums(x, context)))
+    assert first.double().layers[0].mask.dtype == torch.double
+
+
+def wide_layer():
+    degrees = torch.arange(256)
+    layer = MaskedLinear(degrees, degrees.repeat_interleave(2), strict=True).double()
+    assert layer.strips is not None
+    return layer
+
+
+@pytest.mark.parametrize("batch_shape", [(), (7,), (2, 3), (0,)])
+def test_strips_leave_out_zeros_only(batch_shape):
+    layer, a = wide_layer(), torch.randn(*batch_shape, 256, dtype=torch.double, requires_grad=True)
+    inputs = (a, layer.weight, layer.bias)
+    ours, dense = layer(a), F.linear(a, layer.masked_weight(), layer.bias)
+    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-12)
+    weighting = torch.randn_like(dense)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, weighting),
+        torch.autograd.grad(dense, inputs, weighting),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_strips_differentiate_twice(monkeypatch):
+    monkeypatch.setattr(masked, "MIN_STRIP", 2)
+    degrees = torch.arange(8)
+    layer = MaskedLinear(degrees, degrees, strict=True).double()
+    assert layer.strips is not None
+    a = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    torch.autograd.gradcheck(layer, (a,))
+    torch.autograd.gradgradcheck(layer, (a,))
+
+
+# torch.compile itself instantiates the autograd.Function that it meets.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_strips_under_compile():
+    layer, a = wide_layer(), torch.randn(5, 256).double()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a), layer(a))
+
+
+def test_strips_under_vmap():
+    layer, a = wide_layer(), torch.randn(5, 256).double()
+    expected = layer(a)
+    torch.testing.assert_close(torch.func.vmap(layer)(a), expected)
+    per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))(a)
+    expected_rows = 2 * expected @ layer.masked_weight()
+    torch.testing.assert_close(per_row, expected_rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(input_dim=0), "input_dim must be a positive integer, got 0"),
+        (dict(context_dim=-1), "context_dim must be an integer >= 0, got -1"),
+        (dict(hidden_dims=(8, 0)), "hidden_dims must be an integer >= 1, got 0"),
+    ],
+)
+def test_dimensions_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedNet(**{"input_dim": 3, "num_params": 2, **options})
