@@ -14,7 +14,7 @@ from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint, Model
 from pyro_nf.infer.objectives import Objective
 from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.recipe import COUNT_PARTICLES, posterior_stages
+from pyro_nf.infer.recipe import Pace, choose_pace, posterior_stages
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.train.loop import History, train
 
@@ -66,7 +66,7 @@ def fit_svi(
     *,
     max_steps: int | None = None,
     max_seconds: float | None = None,
-    num_particles: int = COUNT_PARTICLES,
+    num_particles: int | None = None,
     objective: Objective | None = None,
     patience: int | None = None,
     seed: int = 0,
@@ -94,7 +94,7 @@ def fit_svi(
         kwargs: The model's keyword arguments.
         max_steps: The most steps; 2000 if ``max_seconds`` is not given either.
         max_seconds: The most seconds of wall clock, the start included.
-        num_particles: Draws a step.
+        num_particles: Draws a step; chosen by the cost of the log joint if None.
         objective: What is maximised; :class:`~pyro_nf.infer.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
@@ -122,7 +122,8 @@ def fit_svi(
         >>> round(fit.posterior(1000).summary()["mu"].mean, 1)
         2.0
     """
-    check_count("fit_svi", "num_particles", num_particles)
+    if num_particles is not None:
+        check_count("fit_svi", "num_particles", num_particles)
     kwargs = dict(kwargs or {})
     guide = AutoFlow(model) if guide is None else guide
     if not isinstance(guide, AutoFlow):
@@ -149,9 +150,10 @@ def fit_svi(
             joint, guide._init_loc(), max_seconds=min(seconds, _START_SECONDS), seed=seed
         )
         guide.start_at(start)
+    pace = choose_pace(joint) if num_particles is None else Pace(num_particles)
     history = train(
         guide._ready(),
-        posterior_stages(guide._ready(), joint, objective=objective, count_particles=num_particles),
+        posterior_stages(guide._ready(), joint, objective=objective, pace=pace),
         max_steps=max_steps,
         max_seconds=max_seconds,
         patience=patience,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -34,9 +36,11 @@ from pyro_nf.transforms.base import Chain, FlowTransform
 FlowFactory = Callable[[int], Flow | FlowTransform]
 
 # Where a guide's flow keeps its coordinates, for the names in Pyro's param store.
-_COORDINATES = "transform.parts.1.parts.1"
+_COORDINATES = "transform.parts.2"
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
 _NUM_DRAWS = 20_000
+# How far each coordinate is moved to see whether the supports move with it.
+_MOVE = 0.1
 
 
 def auto_flow(latent_dim: int) -> Flow:
@@ -120,6 +124,7 @@ class AutoFlow(AutoContinuous):
                 f"AutoFlow: flow must be 'auto' or a callable latent_dim -> Flow, got {flow!r}."
             )
         super().__init__(model, init_loc_fn=init_anywhere(init_loc_fn))
+        self._plain_model = (model,)  # in a tuple, lest a Module become part of the guide
         self.init_scale = init_scale
         self._factory: FlowFactory = auto_flow if isinstance(flow, str) else flow
 
@@ -153,10 +158,41 @@ class AutoFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         try:
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
+            self._refuse_moving_supports(args, kwargs)
             self.flow = self._make_flow()
+            self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
         except Exception:
             self.prototype_trace = None  # a failed set-up is no set-up
             raise
+
+    def _refuse_moving_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises if the support of a latent changes with the other latents.
+
+        The value of such a site cannot be told from its own coordinates alone.
+        """
+        sites = dict(self._sites())
+        transforms = {name: bijection(name, site["fn"]) for name, site in sites.items()}
+
+        def moved(site: Any) -> Tensor:
+            name = site["name"]
+            u = transforms[name].inv(sites[name]["value"])
+            return cast(Tensor, bijection(name, site["fn"])(u + _MOVE))
+
+        model = InitMessenger(moved)(poutine.block(self._plain_model[0], self._prototype_hide_fn))
+        with own_randomness(seed=0), torch.no_grad(), pyro.validation_enabled(False):
+            try:
+                trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            except (RuntimeError, ValueError):
+                return  # a model that fails there says nothing of its supports
+        for name, site in sites.items():
+            u = transforms[name].inv(site["value"])
+            there = trace.nodes[name]["value"] if name in trace.nodes else None
+            if there is not None and not torch.equal(transforms[name](u + _MOVE), there):
+                raise ValueError(
+                    f"AutoFlow: the support of latent site {name!r} depends on other latents "
+                    f"(here it is {site['fn'].support}). Give it a fixed support: sample in the "
+                    "unit interval, and scale."
+                )
 
     def _make_flow(self) -> Flow:
         loc = self._init_loc()
@@ -177,15 +213,12 @@ class AutoFlow(AutoContinuous):
         if dim <= MAX_FULL_DIM:
             scale = scale.diag_embed()
         affine = affine_base(Start(loc, scale, elbo=math.nan))
-        return Flow(Chain([inner, affine]), base).to(loc)
+        return Flow(Chain([inner, *affine.parts]), base).to(loc)
 
     @property
     def coordinates(self) -> FixedAffine:
         """The map from the coordinates of learning to the unconstrained latents."""
-        return cast(FixedAffine, self._affine().parts[1])
-
-    def _affine(self) -> Chain:
-        return cast(Chain, cast(Chain, self._ready().transform).parts[1])
+        return cast(FixedAffine, cast(Chain, self._ready().transform).parts[2])
 
     def start_at(self, start: Start) -> None:
         """Learns from now on in the coordinates of a Gaussian, and starts at that Gaussian.
@@ -196,7 +229,21 @@ class AutoFlow(AutoContinuous):
         Raises:
             RuntimeError: Before :meth:`setup`.
         """
-        self._affine().load_state_dict(affine_base(start).state_dict())
+        parts = cast(Chain, self._ready().transform).parts
+        for mine, given in zip(parts[1:], affine_base(start).parts, strict=True):
+            mine.load_state_dict(given.state_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Models can hardly be pickled, so a pickled guide has none; Pyro's own __getstate__ would
+        # take it away from the original too.
+        kept = {"_model": None, "_plain_model": None, "_factory": None, "master": None}
+        return {**self.__dict__, **kept}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        shared = {name: self.__dict__[name] for name in ("_model", "_plain_model", "_factory")}
+        copied.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **shared})
+        return copied
 
     def _ready(self) -> Flow:
         if self.prototype_trace is None:
@@ -243,7 +290,7 @@ class AutoFlow(AutoContinuous):
         for name, site in self._sites():
             shape = self._unconstrained_shapes[name]
             u = z[:, start : start + shape.numel()].reshape(num_draws, *shape)
-            values[name] = bijection(site["fn"].support)(u)
+            values[name] = bijection(name, site["fn"])(u)
             start += shape.numel()
         return values
 
@@ -296,7 +343,7 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"AutoFlow: wanted values of {sorted(sites)}, got {sorted(values)}.")
         pieces, ladj = [], torch.zeros(())
         for name, site in sites.items():
-            transform, value = bijection(site["fn"].support), values[name]
+            transform, value = bijection(name, site["fn"]), values[name]
             batch_dim = value.dim() - site["value"].dim()
             u = transform.inv(value)
             pieces.append(u.reshape(*value.shape[:batch_dim], -1))
@@ -335,7 +382,10 @@ class AutoFlow(AutoContinuous):
         """Makes the store hold this guide's tensors, not those of another guide of its name."""
         store = pyro.get_param_store()
         for key, tensor in self._in_param_store().items():
-            if key in store and store[key] is not tensor:
-                del store[key]
-            if not isinstance(tensor, nn.Parameter):
-                pyro.param(key, tensor.clone())
+            if isinstance(tensor, nn.Parameter):
+                if key in store and store[key] is not tensor:
+                    del store[key]
+            elif key not in store or not torch.equal(store[key], tensor):
+                if key in store:
+                    del store[key]
+                store[key] = tensor.clone()  # not a pyro.param statement: nobody is to learn it

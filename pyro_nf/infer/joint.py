@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_sample
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.messenger import Messenger
@@ -38,18 +38,30 @@ _TRACE_COST = 300.0
 _CHECK_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
-def bijection(support: constraints.Constraint) -> Transform:
-    """R^n -> support: `biject_to`, which does not know the support of a mixture.
+@biject_to.register(MixtureSameFamilyConstraint)
+def _of_mixture(support: MixtureSameFamilyConstraint) -> Transform:
+    """The support of a mixture is that of its components; torch has no entry for it."""
+    return biject_to(support.base_constraint)
+
+
+def bijection(name: str, fn: Any) -> Transform:
+    """R^n -> the support of a latent site.
 
     Args:
-        support: of a latent site.
+        name: of the site.
+        fn: its distribution.
 
     Raises:
-        NotImplementedError: the support cannot be mapped.
+        ValueError: the support cannot be mapped.
     """
-    if isinstance(support, MixtureSameFamilyConstraint):
-        return bijection(support.base_constraint)
-    return biject_to(support)
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} has support {fn.support}, to which biject_to knows no map from "
+            "R^n. Marginalise, enumerate or condition on it, or write it as a function of a "
+            "latent whose support has one."
+        ) from None
 
 
 def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> InitLocFn:
@@ -69,7 +81,7 @@ def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> I
         except NotImplementedError:
             fn = site["fn"]
         flat = is_flat(fn)
-        transform = bijection(fn.support)
+        transform = bijection(site["name"], fn)
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape, dtype=dtype if flat else fn.sample().dtype))
 
@@ -255,7 +267,7 @@ class _Substitute(Messenger):
             )
         batched = self.z.dim() > 1
         u = site.cut(self.z, self.max_batch_ndim - site.batch_ndim if batched else 0)
-        transform = bijection(fn.support) if self.dynamic else site.transform
+        transform = bijection(name, fn) if self.dynamic else site.transform
         value = transform(u)
         msg["value"] = self.values[name] = value
         if not _is_identity(transform):
@@ -414,13 +426,7 @@ class LogJoint:
             if fn.has_enumerate_support:
                 enumerated.append(name)
                 continue
-            try:
-                transform = bijection(fn.support)
-            except NotImplementedError:
-                raise ValueError(
-                    f"latent site {name!r} has support {fn.support}, to which biject_to knows no "
-                    f"map from R^n. Marginalise, enumerate or condition on it."
-                ) from None
+            transform = bijection(name, fn)
             shape = transform.inv(value).shape
             batch_ndim = value.dim() - fn.event_dim
             site = LatentSite(name, value.shape, shape, batch_ndim, start, shape.numel(), transform)
@@ -658,12 +664,20 @@ class LogJoint:
         return log_prob, _finite_rows(grad, log_prob)
 
     def hessian(self, z: Tensor) -> Tensor:
-        """d^2 log p / dz^2 (D, D) at z (D,): D double backwards in one batch."""
-        batch = z.detach().expand(self.latent_dim, -1).clone().requires_grad_()
+        """d^2 log p / dz^2 (..., D, D) at z (..., D): D double backwards in one batch."""
+        self._expect(z)
+        rows = z.detach().unsqueeze(-2).expand(*z.shape, self.latent_dim)
+        rows = rows.reshape(-1, self.latent_dim).clone().requires_grad_()
         with torch.enable_grad():
-            (grad,) = torch.autograd.grad(self._evaluate(batch).sum(), batch, create_graph=True)
-            (hessian,) = torch.autograd.grad(grad.diagonal().sum(), batch)
+            (grad,) = torch.autograd.grad(self._evaluate(rows).sum(), rows, create_graph=True)
+            grad = grad.reshape(*z.shape, self.latent_dim)
+            (hessian,) = torch.autograd.grad(grad.diagonal(dim1=-2, dim2=-1).sum(), rows)
+        hessian = hessian.reshape(grad.shape)
         return 0.5 * (hessian + hessian.mT)
+
+    def prior_draw(self, seed: int) -> Tensor:
+        """The coordinates (D,) of a draw of the prior; 0 for flat priors, which have no draws."""
+        return self.init(init_to_sample, seed)
 
     def trace(self, batch_size: int, max_seconds: float = 1.0) -> bool:
         """Records the operations of `value_and_grad` for batches of one size, to replay them.

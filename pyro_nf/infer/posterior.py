@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyro.distributions as dist
 import torch
@@ -15,9 +15,12 @@ from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Tensor
 
 from pyro_nf._checks import check_count
+from pyro_nf.flows.distribution import FlowDistribution
+from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge, probe
 from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.refine import independence, neutra
 from pyro_nf.infer.replay import FlatPriorsAtRest, observed_values, pointwise_log_likelihood
 from pyro_nf.infer.summary import Summary, summarize
 from pyro_nf.infer.weights import Weights, smooth
@@ -43,6 +46,7 @@ class Posterior:
         log_q: Log density of the guide, ``(S,)``; None if the draws come from a Markov chain.
         joint: The log joint density they belong to.
         history: The history of the fit, or None.
+        q: The guide's distribution of ``z``, as it is now; None if there is no guide.
         chains: How many Markov chains the draws come from, one after the other; 1 for plain draws.
 
     Example:
@@ -64,6 +68,7 @@ class Posterior:
     log_q: Tensor | None
     joint: LogJoint
     history: History | None = None
+    q: dist.TorchDistribution | None = field(default=None, repr=False)
     chains: int = 1
 
     @classmethod
@@ -121,7 +126,7 @@ class Posterior:
                     log_q = q.log_prob(z)
                 pieces.append((z, log_q, joint.log_prob(z)))
         z, log_q, log_p = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-        return cls(joint.unpack(z), z, log_p, log_q, joint, history)
+        return cls(joint.unpack(z), z, log_p, log_q, joint, history, q)
 
     def __len__(self) -> int:
         return len(self.z)
@@ -202,6 +207,107 @@ class Posterior:
             chains=1,
         )
 
+    def diagnose(
+        self,
+        others: Sequence[Posterior] = (),
+        *,
+        max_seconds: float = 2.0,
+        seed: int = 1,
+    ) -> Diagnosis:
+        """Says how far the draws can be trusted, and what to do next.
+
+        Beside k-hat, effective share and the gap between ELBO and evidence it looks for mass that
+        the guide misses: new climbs from random starts, and a wider Gaussian
+        (:func:`~pyro_nf.infer.diagnosis.probe`).
+
+        Args:
+            others: Posteriors of independent fits of the same model, whose evidence should agree.
+            max_seconds: Most seconds for the climbs.
+            seed: Seed of the look elsewhere.
+
+        Returns:
+            A :class:`~pyro_nf.infer.diagnosis.Diagnosis`; print it.
+
+        Raises:
+            RuntimeError: If the draws have no weights.
+        """
+        weights = self._weighted()
+        with own_randomness(seed):
+            found = probe(
+                self.joint, self._distribution(), self.z, max_seconds=max_seconds, seed=seed
+            )
+        sites = check_sites(self.joint, self.z, weights)
+        return judge(weights, found, sites, [other._weighted() for other in others])
+
+    def refine(
+        self,
+        method: Literal["psis", "neutra", "independence"] = "psis",
+        *,
+        num_chains: int = 4,
+        num_draws: int = 500,
+        warmup: int = 200,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Posterior:
+        """Better draws from the same guide.
+
+        Args:
+            method: "psis" resamples with the smoothed weights; "neutra" runs NUTS in the flow's
+                coordinates (:func:`~pyro_nf.infer.refine.neutra`); "independence" mixes draws of
+                the guide with local steps, for separated modes
+                (:func:`~pyro_nf.infer.refine.independence`).
+            num_chains: Chains, which start at resampled draws.
+            num_draws: Draws a chain.
+            warmup: Steps before them.
+            seed: Seed of it all; the global generators are left as they were.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            A posterior whose draws need no weights, with R-hat and effective sample sizes in its
+            summary if they come from chains.
+
+        Raises:
+            ValueError: If the method is another, or a count is not positive.
+            TypeError: If chains are asked for and the guide has no single transform.
+        """
+        if method == "psis":
+            return self.resample(seed=seed)
+        ways = {"neutra": neutra, "independence": independence}
+        if method not in ways:
+            raise ValueError(
+                f"Posterior.refine: method must be 'psis', 'neutra' or 'independence', got "
+                f"{method!r}."
+            )
+        q = self._distribution()
+        if not isinstance(q, FlowDistribution):
+            raise TypeError(
+                f"Posterior.refine: {method!r} needs the posterior of an AutoFlow with a single "
+                f"transform, got {type(q).__name__}; use 'psis'."
+            )
+        check_count("Posterior.refine", "num_chains", num_chains)
+        starts = self.resample(num_chains, seed=seed)
+        with own_randomness(seed):
+            with torch.no_grad():
+                x = q.transform.inverse_and_ladj(starts.z)[0]
+            run = ways[method](
+                self.joint, q, x, num_draws=num_draws, warmup=warmup, progress=progress
+            )
+        with torch.no_grad():
+            log_p = torch.cat([self.joint.log_prob(z) for z in run.z.split(_CHUNK)])
+        return replace(
+            self,
+            samples=self.joint.unpack(run.z),
+            z=run.z,
+            log_p=log_p,
+            log_q=None,
+            chains=run.chains,
+        )
+
+    def _distribution(self) -> dist.TorchDistribution:
+        if self.q is None:
+            raise RuntimeError("Posterior: these draws were made without a guide.")
+        return self.q
+
     def summary(self, *, weighted: bool = False) -> Summary:
         """Mean, sd, 5 %, 50 % and 95 % quantile of every entry of every site.
 
@@ -211,7 +317,8 @@ class Posterior:
         Returns:
             A table that prints itself; ``table.rows`` has the numbers.
         """
-        return summarize(self.samples, self.weights.normalized if weighted else None)
+        weights = self.weights.normalized if weighted else None
+        return summarize(self.samples, weights, self.chains)
 
     def predictive(
         self,

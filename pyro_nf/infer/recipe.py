@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
+from pyro_nf.infer.tempering import mixture_draws, mixture_of
 from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
@@ -23,6 +29,12 @@ AFFINE_SHARE = 0.25
 AFFINE_RATES = (2e-2, 1e-3)
 FLOW_RATE = 5e-3
 BETAS = (0.9, 0.99)
+# A batch of the log joint that costs more seconds than this leaves time for few steps only. Most of
+# it is overhead of many small operations, so that more particles come nearly free; their smaller
+# noise allows larger steps.
+SLOW_SECONDS = 5e-3
+SLOW_PARTICLES = 256
+SLOW_RATE = 1e-2
 
 
 def affine_base(start: Start, rank: int = 16) -> Chain:
@@ -56,8 +68,44 @@ def posterior_flow(
         count_layers: How many autoregressive layers, in alternating order.
         hidden_dims: Widths of the hidden layers of each.
     """
-    dim = len(start.loc)
-    layers: list[FlowTransform] = [
+    layers = _layers(len(start.loc), count_layers, hidden_dims)
+    return Flow(Chain([*layers, *affine_base(start).parts]).to(start.loc))
+
+
+def mixture_flow(
+    log_weights: Tensor,
+    means: Tensor,
+    roots: Tensor,
+    *,
+    count_layers: int = COUNT_LAYERS,
+    hidden_dims: Sequence[int] = HIDDEN_DIMS,
+) -> Flow:
+    r"""A flow whose base is a learnable Gaussian mixture: for modes that lie apart, and for rings.
+
+    A smooth map of one Gaussian has one connected piece; a map of several has several. The mixture
+    lives in the coordinates in which all of it has mean 0 and covariance 1.
+
+    Args:
+        log_weights: Shape (K,), in unconstrained coordinates of the model, as are the others.
+        means: Shape (K, D).
+        roots: Lower roots of the covariances (K, D, D).
+        count_layers: How many autoregressive layers, in alternating order.
+        hidden_dims: Widths of the hidden layers of each.
+    """
+    pi = log_weights.softmax(-1)
+    loc = pi @ means
+    centred = means - loc
+    cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
+    scale = torch.linalg.cholesky(cov.double()).to(loc)
+    white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
+    white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
+    layers = _layers(len(loc), count_layers, hidden_dims)
+    base = mixture_of(log_weights, white, white_roots)
+    return Flow(Chain([*layers, FixedAffine(loc, scale)]).to(loc), base)
+
+
+def _layers(dim: int, count_layers: int, hidden_dims: Sequence[int]) -> list[FlowTransform]:
+    return [
         Autoregressive(
             Affine(),
             dim,
@@ -68,7 +116,6 @@ def posterior_flow(
         )
         for i in range(count_layers)
     ]
-    return Flow(Chain([*layers, affine_base(start)]).to(start.loc))
 
 
 class Step:
@@ -95,9 +142,46 @@ class Step:
         self.count_particles = count_particles
 
     def __call__(self, batch: object = None) -> Tensor:
-        x = self.flow.base().sample((self.count_particles,))
-        self.last = self.objective(self.flow, self.joint, x)
+        base = self.flow.base
+        if isinstance(base, GaussianMixture):
+            x, weights = mixture_draws(base, self.count_particles)
+            self.last = self.objective(self.flow, self.joint, x, weights)
+        else:
+            x = base().sample((self.count_particles,))
+            self.last = self.objective(self.flow, self.joint, x)
         return self.last.loss
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How large a step is.
+
+    Attributes:
+        count_particles: S.
+        rate: The highest learning rate of the flow.
+    """
+
+    count_particles: int = COUNT_PARTICLES
+    rate: float = FLOW_RATE
+
+
+def choose_pace(joint: LogJoint) -> Pace:
+    """Few large steps where the log joint is slow, many small ones else.
+
+    Args:
+        joint: The log joint density; it is evaluated four times.
+    """
+
+    def seconds(count: int) -> float:
+        z = joint.init_loc.expand(count, -1)
+        begin = time.process_time()
+        joint.value_and_grad(z)
+        return time.process_time() - begin
+
+    slow = min(seconds(COUNT_PARTICLES) for _ in range(2))
+    if slow < SLOW_SECONDS or seconds(SLOW_PARTICLES) > 2 * slow:
+        return Pace()
+    return Pace(SLOW_PARTICLES, SLOW_RATE)
 
 
 def posterior_stages(
@@ -105,7 +189,7 @@ def posterior_stages(
     joint: DifferentiableLogJoint,
     *,
     objective: Objective | None = None,
-    count_particles: int = COUNT_PARTICLES,
+    pace: Pace | None = None,
 ) -> list[Stage]:
     """The affine base alone, then everything.
 
@@ -113,12 +197,15 @@ def posterior_stages(
         flow: As :func:`posterior_flow` makes it.
         joint: The log joint density.
         objective: :class:`~pyro_nf.infer.objectives.ELBO` by default.
-        count_particles: Draws a step.
+        pace: Particles and learning rate.
     """
-    objective = objective or ELBO()
-    *layers, base = flow.transform.parts
-    step = Step(flow, joint, objective, count_particles)
-    affine = Step(Flow(base), joint, objective, count_particles)
+    objective, pace = objective or ELBO(), pace or Pace()
+    is_mixture = isinstance(flow.base, GaussianMixture)
+    parts: list[FlowTransform] = list(flow.transform.parts)  # type: ignore[arg-type]
+    # A mixture is affine in each of its components.
+    base = Flow(Chain(parts[-1:]), flow.base) if is_mixture else Flow(Chain(parts[-2:]))
+    affine = Step(base, joint, objective, pace.count_particles)
+    step = Step(flow, joint, objective, pace.count_particles)
     first, last = AFFINE_RATES
     return [
         Stage(
@@ -127,5 +214,5 @@ def posterior_stages(
             warm_cosine(20, last / first),
             AFFINE_SHARE,
         ),
-        Stage(step, adam(flow.parameters(), FLOW_RATE, BETAS), warm_cosine(20), 1 - AFFINE_SHARE),
+        Stage(step, adam(flow.parameters(), pace.rate, BETAS), warm_cosine(20), 1 - AFFINE_SHARE),
     ]

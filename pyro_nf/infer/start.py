@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.joint import LinAlgError, LogJoint
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -20,6 +20,10 @@ MAX_FULL_DIM = 300
 _SPREADS = (0.3, 1.0, 3.0)
 # An axis along which the density does not fall is given this scale instead of an infinite one.
 _MAX_SCALE = 10.0
+# Longest move of a point that knows its curvature.
+_FAR = 1e4
+# How many draws the mean Hessian of a variational Newton step takes.
+_HESSIAN_DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,17 @@ class BatchedLBFGS:
         uphill = (q * self.grad).sum(-1, keepdim=True) > 0
         q = torch.where(uphill & torch.isfinite(q).all(-1, keepdim=True), q, self.grad)
         length = q.norm(dim=-1, keepdim=True)
-        longest = torch.where(self._has_curvature.unsqueeze(-1), 10 * self.max_move, self.max_move)
+        longest = torch.where(self._has_curvature.unsqueeze(-1), _FAR, self.max_move)
         return q * (longest / length.clamp_min(1e-30)).clamp_max(1.0)
+
+    def keep(self, count: int) -> None:
+        """Goes on with the best points only."""
+        best = self.value.topk(min(count, len(self.value))).indices
+        for name in ("z", "value", "grad", "done", "_alpha", "_has_curvature", "_failures"):
+            setattr(self, name, getattr(self, name)[best])
+        self._gains, self._direction = self._gains[best], self._direction[best]
+        for pairs in (self._steps, self._changes, self._rho):
+            pairs[:] = [pair[best] for pair in pairs]
 
     def step(self, tolerance: float = 1e-3) -> None:
         """One call of the log joint: each point moves, or halves its step.
@@ -194,23 +207,37 @@ def _diagonal_scale(joint: LogJoint, z: Tensor, generator: torch.Generator) -> T
 
 
 def random_starts(
-    joint: LogJoint, init: Tensor, count: int, generator: torch.Generator
+    joint: LogJoint,
+    init: Tensor,
+    count: int,
+    generator: torch.Generator,
+    max_seconds: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
-    """Points around the initial point and around 0, of several widths, with their log density.
+    """Points from the prior, around the initial point and around 0, with their log density.
 
     Args:
         joint: the log joint.
         init: (D,).
         count: how many.
         generator: of the random numbers.
+        max_seconds: for the draws of the prior, each of which is a run of the model.
 
     Returns:
         z (count, D) and log p (count,).
     """
     noise = torch.randn(count, len(init), generator=generator, dtype=init.dtype).to(init.device)
-    width = init.new_tensor(_SPREADS)[torch.arange(count) % len(_SPREADS)].unsqueeze(-1)
-    around_init = (torch.arange(count) // len(_SPREADS) % 2 == 0).to(init.device).unsqueeze(-1)
+    index = torch.arange(count, device=init.device)
+    width = init.new_tensor(_SPREADS)[index % len(_SPREADS)].unsqueeze(-1)
+    around_init = (index // len(_SPREADS) % 2 == 0).unsqueeze(-1)
     z = torch.where(around_init, init, 0.0) + width * noise
+    deadline = time.perf_counter() + max_seconds
+    for i in range(0, count, 2):
+        if time.perf_counter() > deadline:
+            break
+        draw = joint.prior_draw(int(torch.randint(2**31, (), generator=generator)))
+        # Heavy-tailed priors draw points where nothing is finite; flat ones draw nothing.
+        draw = torch.where(draw == 0, noise[i], draw)
+        z[i] = draw.nan_to_num(0.0).clamp(-1e6, 1e6)
     with torch.no_grad():
         log_prob = joint.log_prob(z)
     return z, log_prob
@@ -236,15 +263,17 @@ def laplace_start(
     count_climbers: int = 64,
     count_modes: int = 4,
     count_draws: int = 256,
+    count_refine: int = 2,
     max_steps: int = 200,
     max_seconds: float = 2.0,
     seed: int = 0,
 ) -> Start:
     r"""A Gaussian with a good ELBO, from many climbs and the curvature along them.
 
-    From the initial point and the best of many random points, L-BFGS climbs in one batch. Laplace's
-    approximation :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima and
-    at earlier points of the climbs. The one with the best *ELBO* wins, never the best density: a
+    From the initial point and the best of many random points, L-BFGS climbs in one batch, of which
+    every ten steps the better half goes on. Laplace's
+    approximation :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima
+    and at earlier points of the climbs. The one with the best *ELBO* wins, never the best density: a
     funnel has its greatest density where its scale is 0.
 
     Args:
@@ -254,6 +283,7 @@ def laplace_start(
         count_climbers: how many points climb, the initial one among them.
         count_modes: distinct maxima that become candidates.
         count_draws: draws of an ELBO; the best few are estimated again with four times as many.
+        count_refine: how many of the best Gaussians climb on by their ELBO.
         max_steps: of the climb.
         max_seconds: of wall time; what is found by then is used.
         seed: of the random numbers.
@@ -273,22 +303,24 @@ def laplace_start(
     generator = torch.Generator().manual_seed(seed)
     init = joint.init_loc if init is None else init
     began = time.perf_counter()
-    z, log_prob = random_starts(joint, init, count_starts, generator)
+    z, log_prob = random_starts(joint, init, count_starts, generator, 0.1 * max_seconds)
     best = log_prob.topk(min(count_climbers - 1, count_starts)).indices
     climb = BatchedLBFGS(joint.value_and_grad, torch.cat([init.unsqueeze(0), z[best]]))
-    # Where the climbs passed: (z, log p), at steps 2, 4, 8, ... of the initial point and the leader.
+    # Where the initial point and the leader passed.
     passed: list[Tensor] = [init]
     calls = 2
     for step in range(1, max_steps + 1):
         climb.step()
         calls += 1
         if step in (1, 2, 4, 8, 16, 32, 64, 128):
-            passed += [climb.z[0].clone(), climb.z[climb.value.argmax()].clone()]
-        # Half of the time is for the curvature and the choice.
-        if bool(climb.done.all()) or time.perf_counter() > 0.5 * (began + deadline):
+            passed.append(climb.z[climb.value.argmax()].clone())
+            # Point 0 is the initial one until the first selection.
+            passed += [climb.z[0].clone()] if step < 10 else []
+        # The rest of the time is for the curvature and the choice.
+        if bool(climb.done.all()) or time.perf_counter() > began + 0.6 * max_seconds:
             break
-        if step > 30 and bool((climb.done | (climb.value < climb.value.max() - 100)).all()):
-            break
+        if step % 10 == 0:
+            climb.keep(max(len(climb.z) // 2, min(8, count_climbers)))
     maxima = _distinct(climb, count_modes)
     generator_probes = torch.Generator().manual_seed(seed)
     eps = torch.randn(count_draws, len(init), generator=generator, dtype=init.dtype)
@@ -296,7 +328,7 @@ def laplace_start(
     eps = torch.cat([eps, -eps])
     candidates: list[tuple[Tensor, Tensor]] = []
     is_maximum: list[bool] = []
-    for k, point in enumerate([*maxima, climb.z[0], *passed[::-1]]):
+    for k, point in enumerate([*maxima, *passed[::-1]]):
         if candidates and time.perf_counter() > deadline:
             break
         if any(torch.equal(point, other) for other, _ in candidates):
@@ -313,6 +345,27 @@ def laplace_start(
     candidates.append((init, torch.full_like(init, 0.1)))
     is_maximum.append(False)
     elbos = gaussian_elbos(joint, candidates, eps[:count_draws])
+    if count_refine and time.perf_counter() < deadline:
+        # Fixed draws, as many as a recorded step takes.
+        fixed = eps[:32]
+        fixed = torch.cat([fixed, -fixed])
+        best_few = elbos.topk(min(count_refine, len(candidates))).indices.tolist()
+        # The last candidate is the initial point itself, from where no climb has gone astray.
+        for i in dict.fromkeys([*best_few, len(elbos) - 1]):
+            loc, scale = candidates[i]
+            if not bool(torch.isfinite(elbos[i])):
+                continue
+            spread = scale if scale.dim() == 1 else scale.norm(dim=-1)
+            diagonal = mean_field_climb(joint, loc, spread, fixed, deadline=deadline)
+            for m, s in [(loc, scale), diagonal]:
+                if len(init) <= MAX_FULL_DIM:
+                    m, s = newton_climb(joint, m, s, fixed, deadline=deadline)
+                candidates.append((m, s))
+                is_maximum.append(False)
+            candidates.append(diagonal)
+            is_maximum.append(False)
+        new = candidates[len(elbos) :]
+        elbos = torch.cat([elbos, gaussian_elbos(joint, new, eps[:count_draws])])
     few = [int(i) for i in elbos.topk(min(3, len(candidates))).indices]
     more = gaussian_elbos(
         joint, [candidates[i] for i in few], torch.cat([eps, 0.5 * eps])[: 2 * count_draws]
@@ -327,6 +380,120 @@ def laplace_start(
     others.sort(key=lambda start: -start.elbo)
     loc, scale = candidates[winner]
     return Start(loc, scale, float(more.max()), tuple(others), calls)
+
+
+def mean_field_climb(
+    joint: LogJoint,
+    loc: Tensor,
+    scale: Tensor,
+    eps: Tensor,
+    max_steps: int = 100,
+    deadline: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    r"""Maximises the ELBO of a diagonal Gaussian on fixed draws, by L-BFGS.
+
+    .. math:: \frac1S \sum_i \log p(m + s \odot \epsilon_i) + \sum_d \log s_d
+
+    The draws stay the same, so this is an ordinary function of (m, log s). Unlike the density it
+    has no infinite peak where a scale of the model goes to 0.
+
+    *Black Box Variational Inference with a Deterministic Objective* (Giordano, Ingram, Broderick,
+    2024).
+
+    Args:
+        joint: the log joint.
+        loc: m at the start (D,).
+        scale: s at the start (D,).
+        eps: normal draws (S, D).
+        max_steps: calls of the log joint.
+        deadline: of `time.perf_counter`.
+
+    Returns:
+        m and s (D,).
+    """
+    dim = len(loc)
+
+    def value_and_grad(v: Tensor) -> tuple[Tensor, Tensor]:
+        m, log_s = v[0, :dim], v[0, dim:]
+        s = log_s.exp()
+        log_p, slope = joint.value_and_grad(m + s * eps)
+        # A draw without a density forbids the move: -inf is refused by the line search.
+        value = log_p.mean() + log_s.sum()
+        grad = torch.cat([slope.mean(0), (slope * eps).mean(0) * s + 1])
+        return value.unsqueeze(0), grad.unsqueeze(0)
+
+    climb = BatchedLBFGS(value_and_grad, torch.cat([loc, scale.log()]).unsqueeze(0))
+    for _ in range(max_steps):
+        if bool(climb.done.all()) or time.perf_counter() > deadline:
+            break
+        climb.step(tolerance=1e-2)
+    return climb.z[0, :dim].clone(), climb.z[0, dim:].exp()
+
+
+def newton_climb(
+    joint: LogJoint,
+    loc: Tensor,
+    scale: Tensor,
+    eps: Tensor,
+    max_steps: int = 100,
+    deadline: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    r"""Variational Newton steps of a full Gaussian towards the best ELBO.
+
+    .. math:: P \leftarrow (1 - \rho) P + \rho \, E_q[-\nabla^2 \log p], \qquad
+              m \leftarrow m + \rho \, P^{-1} E_q[\nabla \log p]
+
+    P is the precision; at the optimum both expectations hold it where it is. A step that lowers the
+    ELBO on fixed draws is halved.
+
+    *The Bayesian Learning Rule* (Khan, Rue, 2023).
+
+    Args:
+        joint: the log joint.
+        loc: m at the start (D,).
+        scale: lower-triangular root of the covariance at the start (D, D), or diagonal (D,).
+        eps: normal draws (S, D); a few of them serve for the mean Hessian.
+        max_steps: steps tried.
+        deadline: of `time.perf_counter`.
+
+    Returns:
+        m (D,) and L (D, D).
+    """
+    L = scale.diag_embed() if scale.dim() == 1 else scale
+    rho, small = 1.0, 0
+    elbo = float(gaussian_elbos(joint, [(loc, L)], eps)[0])
+    step: tuple[Tensor, Tensor] | None = None
+    for _ in range(max_steps):
+        if time.perf_counter() > deadline:
+            break
+        if step is None:
+            z, _ = _sample(loc, L, eps)
+            _, slope = joint.value_and_grad(z)
+            hessians = joint.hessian(z[:_HESSIAN_DRAWS])
+            finite = torch.isfinite(hessians).all(-1).all(-1)
+            if not bool(finite.any()):
+                break
+            hessian = torch.where(finite[:, None, None], hessians, 0.0).sum(0) / finite.sum()
+            step = slope.mean(0), hessian
+        gradient, hessian = step
+        old = torch.cholesky_inverse(L.double())
+        try:
+            new = laplace_scale(-(1 - rho) * old + rho * hessian.double()).to(L)
+        except (ValueError, LinAlgError):
+            break
+        m = loc + rho * (new @ (new.mT @ gradient))
+        value = float(gaussian_elbos(joint, [(m, new)], eps)[0])
+        if value > elbo:
+            gain, elbo, loc, L, step = value - elbo, value, m, new, None
+            rho = min(1.0, 2 * rho)
+            small = small + 1 if gain < 0.02 else 0
+            if small == 2:
+                break
+        else:
+            rho *= 0.4
+            if rho < 0.004:
+                break
+    return loc, L
 
 
 def _distinct(climb: BatchedLBFGS, count: int) -> list[Tensor]:

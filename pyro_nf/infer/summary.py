@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_nf.infer.chains import rhat_and_ess
+
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -22,6 +24,8 @@ class Row:
         q5: The 5 % quantile.
         median: The 50 % quantile.
         q95: The 95 % quantile.
+        rhat: R-hat, if the draws are of several chains, or None.
+        ess: Bulk effective sample size of the chains, or None.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Row:
     q5: float
     median: float
     q95: float
+    rhat: float | None = None
+    ess: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,14 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([8, *(len(row.name) for row in self.rows)])
-        head = " " * width + "".join(f"{t:>11}" for t in ("mean", "sd", "5%", "50%", "95%"))
+        titles = ["mean", "sd", "5%", "50%", "95%"]
+        chains = any(row.rhat is not None for row in self.rows)
+        titles += ["R-hat", "ESS"] if chains else []
+        head = " " * width + "".join(f"{t:>11}" for t in titles)
         lines = [
             f"{r.name:<{width}}"
             + "".join(f"{v:>11.4g}" for v in (r.mean, r.sd, r.q5, r.median, r.q95))
+            + (f"{r.rhat:>11.3f}{r.ess:>11.0f}" if chains else "")
             for r in self.rows
         ]
         return "\n".join([head, *lines])
@@ -68,12 +78,15 @@ class Summary:
         raise KeyError(f"no row {name!r}; there are {[row.name for row in self.rows]}")
 
 
-def summarize(samples: Mapping[str, Tensor], weights: Tensor | None = None) -> Summary:
+def summarize(
+    samples: Mapping[str, Tensor], weights: Tensor | None = None, chains: int = 1
+) -> Summary:
     """Summarises draws, weighted or not.
 
     Args:
         samples: Draws of each site, ``(S, *shape)``.
         weights: Weights that sum to 1, ``(S,)``; equal by default.
+        chains: How many Markov chains the draws are, one after the other.
     """
     rows = []
     for name, draws in samples.items():
@@ -81,11 +94,12 @@ def summarize(samples: Mapping[str, Tensor], weights: Tensor | None = None) -> S
         for i, values in enumerate(flat.unbind(1)):
             index = torch.unravel_index(torch.tensor(i), draws.shape[1:]) if draws.dim() > 1 else ()
             label = f"{name}[{','.join(str(int(k)) for k in index)}]" if index else name
-            rows.append(_row(label, values, weights))
+            mixing = rhat_and_ess(values, chains) if chains > 1 else (None, None)
+            rows.append(Row(label, *_moments(values, weights), *mixing))
     return Summary(tuple(rows))
 
 
-def _row(name: str, values: Tensor, weights: Tensor | None) -> Row:
+def _moments(values: Tensor, weights: Tensor | None) -> tuple[float, ...]:
     if weights is None:
         mean, sd = values.mean(), values.std()
         quantiles = values.quantile(values.new_tensor(QUANTILES))
@@ -97,4 +111,4 @@ def _row(name: str, values: Tensor, weights: Tensor | None) -> Row:
         cumulative = w[order].cumsum(0) - 0.5 * w[order]
         at = torch.searchsorted(cumulative, values.new_tensor(QUANTILES)).clamp_max(len(values) - 1)
         quantiles = ordered[at]
-    return Row(name, mean.item(), sd.item(), *quantiles.tolist())
+    return (mean.item(), sd.item(), *quantiles.tolist())
