@@ -1,7 +1,7 @@
 """Pictures of densities, posteriors and fits; needs the extra ``pyro-nf[plots]``.
 
-Every function returns a :class:`matplotlib.figure.Figure` that belongs to no window: a notebook
-shows it, and ``figure.savefig("name.png")`` writes it.
+Every function returns a :class:`matplotlib.figure.Figure` that belongs to no window:
+``figure.savefig("name.png")`` writes it, and a notebook shows it after ``%matplotlib inline``.
 """
 
 from __future__ import annotations
@@ -126,14 +126,13 @@ def plot_density(
             f"plot_density: the flow has input_dim {flow.input_dim}, wanted 1 or 2; draw its "
             "samples with pair_plot."
         )
-    parameter = next(flow.parameters(), flow.base().mean)
-    d = flow() if context is None else flow(context.to(parameter))
+    d = flow(context)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         samples = d.sample((num_samples,))
         if bounds is None:
             bounds = _bounds(samples if data is None else data)
-        axes = [torch.linspace(low, high, resolution).to(parameter) for low, high in bounds]
+        axes = [torch.linspace(low, high, resolution).to(samples) for low, high in bounds]
         grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), -1)
         inside = d.support.check(grid)
         safe = torch.where(inside.unsqueeze(-1), grid, samples[0])
@@ -149,7 +148,7 @@ def _bounds(rows: Tensor, margin: float = 0.1) -> list[tuple[float, float]]:
     """The range of all but the outermost rows, with a margin."""
     rows = rows.detach()[: 10 * MOST_POINTS].double()
     low, high = rows.quantile(0.002, 0), rows.quantile(0.998, 0)
-    spread = margin * (high - low).clamp_min(1e-6)
+    spread = margin * (high - low).clamp_min(1e-3 * high.abs().clamp_min(1.0))  # none if constant
     return list(zip((low - spread).tolist(), (high + spread).tolist(), strict=True))
 
 
@@ -247,8 +246,8 @@ def pair_plot(
                 elif j > 0 and i != j:
                     panel.tick_params(labelleft=False)
         if beside and label:
-            panels[0][0].plot([], [], color=ORANGE, label=label)
-            panels[0][0].legend(loc="upper right", fontsize=8)
+            line = panels[0][0].plot([], [], color=ORANGE)
+            figure.legend(line, [label], loc="upper right")
         figure.align_labels()
     return figure
 
@@ -256,7 +255,7 @@ def pair_plot(
 def _entries(samples: Mapping[str, Tensor]) -> Any:
     """Every entry of every site by its name, as a column ``(S,)``."""
     for name, draws in samples.items():
-        flat = draws.detach().cpu().reshape(len(draws), -1)
+        flat = draws.detach().cpu().reshape(len(draws), draws.shape[1:].numel())
         for i, column in enumerate(flat.unbind(1)):
             index = torch.unravel_index(torch.tensor(i), draws.shape[1:]) if draws.dim() > 1 else ()
             yield name + (f"[{','.join(str(int(k)) for k in index)}]" if index else ""), column
@@ -305,7 +304,7 @@ def loss_curve(history: LossHistory, *, ylabel: str = "loss") -> Figure:
         figure = _figure(6.4, 3.6)
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=PALE, linewidth=0.6, label="each step")
-        window = max(1, len(losses) // 50)
+        window = max(1, len(losses) // 50)  # long enough to be smooth, short enough to follow
         middle = losses.unfold(0, window, 1).median(-1).values
         axes.plot(steps[window - 1 :], middle, color=BLUE, linewidth=1.8, label="running median")
         if history.checked_steps:
