@@ -1,10 +1,11 @@
 """Normalizing flows that live inside Pyro."""
 
-from pyro_nf import flows, infer, train, transforms, univariate
+from pyro_nf import flows, infer, testing, train, transforms, univariate
 from pyro_nf.flows.flow import Flow
 from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.posterior import Posterior
+from pyro_nf.train.density import fit_density
 
 __version__ = "0.1.0"
 
@@ -12,9 +13,11 @@ __all__ = [
     "AutoFlow",
     "Flow",
     "Posterior",
+    "fit_density",
     "fit_svi",
     "flows",
     "infer",
+    "testing",
     "train",
     "transforms",
     "univariate",
