@@ -21,7 +21,6 @@ BACKGROUND_SCALES = (4.0, 16.0, 64.0, 256.0)
 PATIENCE_GAIN = 1e-3
 """EM ends when the mean log density of a row rises by less."""
 
-MOST_COMPONENTS = 128
 MOST_ITERATIONS = 100
 MOST_ROWS = 20_000
 MOST_ENTRIES = 30_000_000  # of the table of products, which has D^2 columns
@@ -74,21 +73,17 @@ def fit_gaussian_mixture(
         x = x[torch.randperm(n, generator=generator)[:most_rows].to(x.device)]
     x, validation = x.double(), validation.double()
     products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
-    best, best_value = None, -math.inf
-    k = 1
-    while k <= min(MOST_COMPONENTS, max(1, len(x) // ROWS_PER_COMPONENT)):
+    best = GaussianMixture(x.shape[1], 1).to(x)
+    best_value = -math.inf
+    for k in _SIZES:
+        if k > 1 and (k * ROWS_PER_COMPONENT > len(x) or clock() >= end):
+            break
         mixture = _em(x, products, k, generator, lambda: clock() >= end)
         with torch.no_grad():
             value = mixture().log_prob(validation).mean().item()
-        if value > best_value:
-            best, best_value = mixture, value
-        elif k > 1 and value < best_value - 1.0:
+        if not value > best_value:
             break
-        if clock() >= end:
-            break
-        k *= 2
-    if best is None:  # only with rows that no mixture can hold
-        best = mixture
+        best, best_value = mixture, value
     return best.to(dtype)
 
 
@@ -191,7 +186,7 @@ class GaussianCopula:
         low, high = torch.quantile(
             y[:: math.ceil(n / MOST_ROWS)].double(), _QUARTILES.to(y.device), 0
         )
-        sd = y.double().std(0)
+        sd = y.double().std(0, correction=0)
         spread = torch.minimum(sd, (high - low) / 1.349)  # 1.349 sd: a normal's interquartile range
         spread = torch.where(spread > 1e-3 * sd, spread, sd).clamp_min(1e-9)
         self.bandwidth = 0.9 * spread * len(self.kernels) ** -0.2
@@ -221,6 +216,7 @@ class GaussianCopula:
         return (log_f + 0.5 * z.square() - 0.5 * w.square()).sum(-1) - log_det
 
 
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _HALF = 0.5 * math.log(2 * math.pi)
 _QUARTILES = torch.tensor([0.25, 0.75], dtype=torch.float64)
 _MOST_KERNELS = 500

@@ -79,6 +79,7 @@ def fit_density(
     seed: int | None = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
     compile: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> DensityFit:
@@ -112,6 +113,7 @@ def fit_density(
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
         checkpoint: A file for the state of the fit; if it exists the fit goes on from there.
+        checkpoint_every: Steps between two writes of it, rounded up to a check.
         compile: Whether to compile the loss with ``torch.compile``.
         clock: Returns the seconds that ``max_seconds`` counts.
 
@@ -191,6 +193,7 @@ def fit_density(
         patience=patience,
         progress=progress,
         checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
         settings={
             "rows": n,
             "batch_size": batch_size,
@@ -305,7 +308,7 @@ def _split(
     constant = (table.y == table.y[0]).all(0).nonzero().flatten().tolist()
     if constant:
         raise ValueError(
-            f"fit_density: {_columns(constant)} of x constant, and a constant has no density. "
+            f"fit_density: {_columns(constant, 'x')} constant, and a constant has no density. "
             "Drop them, or add noise of the size of their rounding."
         )
     if isinstance(validation, (Tensor, tuple)):
@@ -343,13 +346,14 @@ def _checked(flow: Flow, name: str, y: Tensor, context: Tensor | None) -> _Table
             if bad:
                 rows = int((~values.isfinite()).any(-1).sum())
                 raise ValueError(
-                    f"fit_density: {_columns(bad)} of {what} not finite (NaN or inf in {rows} of "
+                    f"fit_density: {_columns(bad, what)} not finite (NaN or inf in {rows} of "
                     f"{len(values)} rows). Drop or fill those rows."
                 )
     like = next(iter(flow.parameters()), y)
     return _Table(y.detach().to(like), None if context is None else context.detach().to(like))
 
 
-def _columns(indices: list[int]) -> str:
+def _columns(indices: list[int], table: str) -> str:
     names = ", ".join(str(i) for i in indices)
-    return f"column {names} is" if len(indices) == 1 else f"columns {names} are"
+    one = len(indices) == 1
+    return f"column {names} of {table} is" if one else f"columns {names} of {table} are"

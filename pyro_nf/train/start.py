@@ -50,6 +50,7 @@ class Standardised(Start):
     Marginals stay marginals, which suits tables whose columns are strange each by itself.
 
     Example:
+        >>> import torch
         >>> from pyro_nf.flows.recipes import nsf
         >>> flow = nsf(2)
         >>> Standardised()(flow, 5 + torch.randn(100, 2), None)
@@ -68,6 +69,7 @@ class Whitened(Start):
     """Linear layers remove the correlations too, with a covariance shrunk towards its diagonal.
 
     Example:
+        >>> import torch
         >>> from pyro_nf.flows.recipes import nsf
         >>> flow = nsf(2)
         >>> Whitened()(flow, torch.randn(100, 1) * torch.ones(2) + 0.1 * torch.randn(100, 2), None)
@@ -92,13 +94,14 @@ def start_tails(flow: Flow, y: Tensor) -> None:
         y: Training rows, shape ``(N, D)``.
 
     Example:
+        >>> import torch
         >>> from pyro_nf.flows.recipes import nsf
         >>> flow = nsf(1)
         >>> start_tails(flow, torch.distributions.Cauchy(0.0, 1.0).sample((500, 1)))
         >>> type(flow.base).__name__
         'StudentT'
     """
-    sd = y.std(0)
+    sd = y.std(0, correction=0)
     far = ((y - y.mean(0)).abs() > FARTHEST_NORMAL_ROW * sd) & (sd > 0)
     if bool(far.any()) and type(flow.base) is DiagonalNormal:
         flow.base = StudentT(flow.base.input_dim).to(y)

@@ -1,0 +1,24 @@
+"""Training: the one loop, its checkpoints, and density estimation."""
+
+from pyro_nf.train.baselines import GaussianCopula, fit_gaussian_mixture
+from pyro_nf.train.density import DensityFit, fit_density
+from pyro_nf.train.loop import History, Minibatches, Stage, adam, train, warm_cosine
+from pyro_nf.train.start import AsGiven, Standardised, Start, Whitened, start_tails
+
+__all__ = [
+    "AsGiven",
+    "DensityFit",
+    "GaussianCopula",
+    "History",
+    "Minibatches",
+    "Stage",
+    "Standardised",
+    "Start",
+    "Whitened",
+    "adam",
+    "fit_density",
+    "fit_gaussian_mixture",
+    "start_tails",
+    "train",
+    "warm_cosine",
+]

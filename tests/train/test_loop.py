@@ -1,0 +1,283 @@
+"""The training loop: budgets, the best state, resuming, interruption, bad losses."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_nf.train.loop import Minibatches, Stage, adam, train, warm_cosine
+
+
+class Quadratic(nn.Module):
+    """Has its minimum where ``w`` is 3; its loss draws noise, and can be told to misbehave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+        self.calls = 0
+
+    def loss(self, batch: Tensor | None) -> Tensor:
+        self.calls += 1
+        noise = 0.1 * torch.randn(4)
+        target = 3.0 if batch is None else 3.0 + batch.mean()
+        return (self.w - target - noise).square().sum()
+
+
+def stage(module: Quadratic, rate: float = 0.1) -> Stage:
+    return Stage(module.loss, adam(module.parameters(), rate))
+
+
+def fit(module: Quadratic, **options: object):
+    options = {"max_steps": 200, "progress": False, "check_every": 10} | options
+    return train(module, stage(module), **options)
+
+
+def test_reaches_the_minimum_and_says_why_it_stopped():
+    module = Quadratic()
+    history = fit(module)
+    torch.testing.assert_close(module.w.detach(), torch.full((4,), 3.0), atol=0.05, rtol=0)
+    assert history.stopped == "max_steps"
+    assert history.steps == len(history.losses) == len(history.seconds) == 200
+    assert history.checked_steps == list(range(10, 201, 10))
+
+
+def test_seconds_end_a_fit_and_drive_the_schedule():
+    now = iter(range(100_000))
+    module = Quadratic()
+    history = fit(module, max_steps=None, max_seconds=300.0, clock=lambda: float(next(now)))
+    assert history.stopped == "max_seconds"
+    assert history.seconds[-1] >= 290
+    assert history.learning_rates[-1] < 0.01 * max(history.learning_rates)
+
+
+def test_schedule_warms_up_and_follows_the_further_of_steps_and_seconds():
+    module = Quadratic()
+    history = fit(module, max_steps=100, max_seconds=1e6)
+    rates = torch.tensor(history.learning_rates) / 0.1
+    expected = torch.tensor([warm_cosine(20)(i, i / 100) for i in range(100)])
+    torch.testing.assert_close(rates, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_best_state_on_validation_is_kept():
+    module = Quadratic()
+    values = iter([5.0, 4.0, 1.0, 2.0, 3.0] + [9.0] * 100)
+    seen: list[Tensor] = []
+
+    def validate() -> float:
+        assert not module.training
+        assert not torch.is_grad_enabled()
+        seen.append(module.w.detach().clone())
+        return next(values)
+
+    history = fit(module, validate=validate)
+    assert history.best_step == 20
+    assert history.best_value == 1.0
+    assert torch.equal(module.w.detach(), seen[2])
+    assert not torch.equal(module.w.detach(), seen[-1])
+    assert module.training
+
+
+def test_a_fit_never_ends_worse_than_it_began():
+    module = Quadratic()
+    values = iter([0.0] + [1.0] * 100)
+    fit(module, validate=lambda: next(values))
+    assert torch.equal(module.w.detach(), torch.zeros(4))
+
+
+def test_patience_is_a_share_of_the_budget():
+    values = iter([5.0, 1.0] + [2.0] * 100)
+    history = fit(Quadratic(), validate=lambda: next(values), patience=0.25)
+    assert history.stopped == "patience"
+    assert history.steps == 10 + 50
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 3, 57])
+def test_ctrl_c_keeps_the_best_state_and_returns(interrupted_at):
+    module = Quadratic()
+    plain = module.loss
+
+    def loss(batch: Tensor | None) -> Tensor:
+        if module.calls == interrupted_at:
+            raise KeyboardInterrupt
+        return plain(batch)
+
+    history = train(
+        module,
+        Stage(loss, adam(module.parameters(), 0.1)),
+        max_steps=200,
+        validate=lambda: (module.w.detach() - 3).square().sum().item(),
+        check_every=10,
+        progress=False,
+    )
+    assert history.stopped == "interrupted"
+    assert history.steps == interrupted_at
+    if interrupted_at:
+        assert history.best_step == interrupted_at  # what came after the last check is kept too
+        assert (module.w.detach() > 0).all()
+
+
+def test_resumed_fit_is_bitwise_the_uninterrupted_one(tmp_path):
+    data = torch.randn(50, 1, generator=torch.Generator().manual_seed(1))
+
+    def run(stop_at: int | None, checkpoint):
+        module = Quadratic()
+        plain = module.loss
+
+        def loss(batch: tuple[Tensor]) -> Tensor:
+            if module.calls == stop_at:
+                raise KeyboardInterrupt
+            return plain(batch[0])
+
+        history = train(
+            module,
+            [
+                Stage(loss, adam(module.parameters(), 0.1), share=0.25),
+                Stage(loss, adam(module.parameters(), 0.05)),
+            ],
+            batches=Minibatches((data,), 8),
+            max_steps=120,
+            check_every=10,
+            checkpoint=checkpoint,
+            checkpoint_every=20,
+            progress=False,
+        )
+        return module.w.detach().clone(), history
+
+    whole_w, whole = run(None, None)
+    _, first = run(75, tmp_path / "fit.safetensors")
+    assert first.stopped == "interrupted"
+    torch.randn(17)
+    resumed_w, resumed = run(None, tmp_path / "fit.safetensors")
+    assert torch.equal(whole_w, resumed_w)
+    assert resumed.losses == whole.losses
+    assert resumed.checked_values == whole.checked_values
+    assert resumed.learning_rates == whole.learning_rates
+    assert (resumed.best_step, resumed.best_value) == (whole.best_step, whole.best_value)
+
+
+def test_global_generators_are_left_alone_and_the_seed_decides():
+    def draws() -> tuple[Tensor, float, float]:
+        return torch.randn(3), np.random.rand(), random.random()  # noqa: NPY002
+
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002
+    without = draws()
+    results = []
+    for seed, before in ((0, 11), (0, 12), (1, 13)):
+        torch.manual_seed(before)
+        results.append(fit(Quadratic(), seed=seed).losses)
+    assert results[0] == results[1] != results[2]
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002
+    fit(Quadratic(), max_steps=20)
+    after = draws()
+    assert torch.equal(without[0], after[0])
+    assert without[1:] == after[1:]
+
+
+def misbehaving(module: Quadratic, bad_calls: range, value: float = math.nan) -> Stage:
+    plain = module.loss
+
+    def loss(batch: Tensor | None) -> Tensor:
+        result = plain(batch)
+        return result * value if module.calls in bad_calls else result
+
+    return Stage(loss, adam(module.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_few_bad_steps_are_skipped(value):
+    module = Quadratic()
+    history = train(
+        module, misbehaving(module, range(50, 55), value), max_steps=300, progress=False
+    )
+    assert history.skipped == [49, 50, 51, 52, 53]
+    assert all(math.isnan(history.losses[i]) for i in history.skipped)
+    assert history.learning_rates[60] < 0.06  # backed off
+    torch.testing.assert_close(module.w.detach(), torch.full((4,), 3.0), atol=0.1, rtol=0)
+
+
+def test_many_bad_steps_end_the_fit_with_step_and_reason_and_the_last_good_state():
+    module = Quadratic()
+    with pytest.raises(ValueError, match=r"nan.*step 89, for 10 steps.*site 'theta'.*step 80 was"):
+        train(
+            module,
+            misbehaving(module, range(81, 10_000)),
+            max_steps=300,
+            check_every=40,
+            progress=False,
+            explain=lambda batch: "It comes from site 'theta'.",
+        )
+    assert module.w.isfinite().all()
+    assert (module.w > 1).all()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too():
+    module = Quadratic()
+
+    def loss(_: object) -> Tensor:
+        module.calls += 1
+        zero = torch.zeros_like(module.w) * module.w.detach()
+        bad = (module.w * zero).sum().sqrt() if module.calls == 5 else 0.0  # 0 with gradient nan
+        return (module.w - 3).square().sum() + bad
+
+    history = train(
+        module, Stage(loss, adam(module.parameters(), 0.1)), max_steps=20, progress=False
+    )
+    assert history.skipped == [4]
+    assert module.w.isfinite().all()
+
+
+def test_another_error_puts_the_best_state_back():
+    module = Quadratic()
+    plain = module.loss
+
+    def loss(batch: Tensor | None) -> Tensor:
+        if module.calls == 35:
+            module.w.data.fill_(math.nan)
+            raise RuntimeError("the model failed")
+        return plain(batch)
+
+    with pytest.raises(RuntimeError, match="the model failed"):
+        train(
+            module,
+            Stage(loss, adam(module.parameters(), 0.1)),
+            max_steps=99,
+            check_every=10,
+            progress=False,
+        )
+    assert module.w.isfinite().all()
+    assert (module.w > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": None}, "no budget"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_seconds": -1.0}, "max_seconds is -1.0"),
+        ({"check_every": 0}, "check_every is 0"),
+        ({"batches": []}, "gave no batch"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Quadratic(), **options)
+
+
+def test_minibatches_visit_every_row_once_a_pass():
+    batches = Minibatches((torch.arange(10), None), 5)
+    first = [batch[0] for batch in batches]
+    assert torch.cat(first).sort().values.tolist() == list(range(10))
+    assert next(iter(batches))[1] is None
+    assert torch.cat([batch[0] for batch in batches]).tolist() != torch.cat(first).tolist()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Minibatches((torch.arange(3),), 0)
+
+
+def test_progress_bar_shows_the_metric(capsys):
+    fit(Quadratic(), progress=True, metric="-ELBO")
+    assert "-ELBO" in capsys.readouterr().err
