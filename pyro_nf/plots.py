@@ -262,9 +262,9 @@ def _entries(samples: Mapping[str, Tensor]) -> Any:
 
 
 def _histogram(panel: Axes, column: Tensor, other: Tensor | None) -> None:
-    bounds = _bounds(column[:, None], 0.08)[0]
+    low, high = bounds = _bounds(column[:, None], 0.08)[0]
     panel.hist(column.numpy(), bins=40, range=bounds, density=True, color=PALE)
-    if other is not None:
+    if other is not None and bool(((low <= other) & (other <= high)).any()):
         panel.hist(
             other.numpy(), bins=40, range=bounds, density=True, histtype="step", color=ORANGE
         )

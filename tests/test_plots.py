@@ -102,6 +102,11 @@ def test_pair_plot_with_others() -> None:
     assert drawn(figure)
 
 
+def test_pair_plot_with_others_far_away() -> None:
+    samples = {"x": torch.randn(50), "y": torch.randn(50)}
+    assert drawn(plots.pair_plot(samples, {k: v + 1e6 for k, v in samples.items()}))
+
+
 def test_pair_plot_of_one_constant_entry() -> None:
     assert drawn(plots.pair_plot({"x": torch.ones(5)}))
 
