@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pyro
@@ -100,8 +101,7 @@ class AutoFlow(AutoContinuous):
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> def model():
         ...     return pyro.sample("x", dist.Normal(500.0, 2.0))
-        >>> guide = AutoFlow(model)
-        >>> guide.setup()
+        >>> guide = AutoFlow(model).setup()
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         >>> loss = svi.step()
         >>> guide.median()["x"].shape
@@ -155,14 +155,22 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
         try:
+            self._read_prototype(*args, **kwargs)
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
             self._refuse_moving_supports(args, kwargs)
             self.flow = self._make_flow()
             self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
         except Exception:
             self.prototype_trace = None  # a failed set-up is no set-up
+            raise
+
+    def _read_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        except NotImplementedError:
+            for name, site in self._sites():
+                bijection(name, site["fn"])  # names the site whose support cannot be mapped
             raise
 
     def _refuse_moving_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -230,14 +238,18 @@ class AutoFlow(AutoContinuous):
             RuntimeError: Before :meth:`setup`.
         """
         parts = cast(Chain, self._ready().transform).parts
+        if self.latent_dim <= MAX_FULL_DIM:
+            start = replace(start, scale=start.scale_tril)
         for mine, given in zip(parts[1:], affine_base(start).parts, strict=True):
             mine.load_state_dict(given.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Models can hardly be pickled, so a pickled guide has none; Pyro's own __getstate__ would
-        # take it away from the original too.
-        kept = {"_model": None, "_plain_model": None, "_factory": None, "master": None}
-        return {**self.__dict__, **kept}
+        # Models can hardly be pickled, so a pickled guide has none. Pyro's own __getstate__ takes
+        # it away from the original too.
+        model, master = self._model, self.master
+        state = dict(super().__getstate__())
+        self._model, self.master = model, master
+        return state | {"_plain_model": None, "_factory": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         copied = memo[id(self)] = type(self).__new__(type(self))

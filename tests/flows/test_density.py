@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.cases import CONTEXT_DIM, RECIPES
 from torch import Tensor
 
 from pyro_nf import flows, transforms
 from pyro_nf.flows.flow import Flow
 from pyro_nf.testing import randomize
+from tests.cases import CONTEXT_DIM, RECIPES
 
 # Points a side of the grid: a density of width one is far smoother than its spacing.
 COUNT = 400

@@ -13,7 +13,6 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim.clipped_adam import ClippedAdam
-from tests.cases import CONTEXT_DIM, RECIPES
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -24,6 +23,7 @@ from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.mlp import MLP
 from pyro_nf.testing import randomize
 from pyro_nf.transforms.base import Chain
+from tests.cases import CONTEXT_DIM, RECIPES
 
 F64 = torch.float64
 COUPLINGS = ("nice", "realnvp", "glow", "nsf")
