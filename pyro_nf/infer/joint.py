@@ -320,8 +320,9 @@ def _rng_state() -> tuple[Any, ...]:
 class LogJoint:
     r"""The flat batched log joint density of a Pyro model.
 
-    $$\log p(z) = \sum_s \log p(x_s \mid x_{<s}) + \sum_{s\ \mathrm{latent}} \log |dx_s / dz_s|,
-    \qquad x_s = \mathrm{biject\_to}(\mathrm{support}_s)(z_s),$$
+    .. math::
+        \log p(z) = \sum_s \log p(x_s \mid x_{<s}) + \sum_{s\ \mathrm{latent}} \log |dx_s / dz_s|,
+        \qquad x_s = \mathrm{biject\_to}(\mathrm{support}_s)(z_s),
 
     where s runs over the sites of the model and z of shape (D,) holds the unconstrained
     coordinates of all latent sites, in the order of the trace, flattened and concatenated (the
@@ -750,7 +751,7 @@ class LogJoint:
     # ---- coordinates
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
-        """{site: constrained value (..., *shape)} of z (..., D)."""
+        """``{site: constrained value (..., *shape)}`` of ``z (..., D)``."""
         self._expect(z)
         if not self.dynamic_sites:
             return {name: site.transform(site.cut(z)) for name, site in self.sites.items()}
@@ -763,7 +764,7 @@ class LogJoint:
         }
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """z (..., D) of {site: constrained value (..., *shape)}, the inverse of `unpack`.
+        """``z (..., D)`` of ``{site: constrained value (..., *shape)}``, the inverse of `unpack`.
 
         Raises:
             ValueError: a site is missing or has the wrong shape; a support depends on latents.
