@@ -12,8 +12,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
 from pyro.distributions import constraints
+from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
 

@@ -67,7 +67,10 @@ class FlowDistribution(dist.TransformedDistribution):
         Returns:
             Draws ``sample_shape + batch_shape + (D,)`` and log densities without the ``(D,)``.
         """
-        x = self.base_dist.rsample(Size(sample_shape))
+        # A mixture has no path for gradients; without gradients it needs none.
+        has_path = self.base_dist.has_rsample or torch.is_grad_enabled()
+        draw = self.base_dist.rsample if has_path else self.base_dist.sample
+        x = draw(Size(sample_shape))
         y, ladj = self.transform.forward_and_ladj(x)
         return y, self.base_dist.log_prob(x) - ladj
 

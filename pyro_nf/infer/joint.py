@@ -398,7 +398,7 @@ class LogJoint:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
-            trace = prototype or trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
+            trace = prototype or self._first_run(init_loc_fn)
             self._read(trace)
             self._prepare_enumeration()
             self.init_loc = self._coordinates(trace)
@@ -409,6 +409,14 @@ class LogJoint:
         return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites={self.sites})"
 
     # ---- construction
+
+    def _first_run(self, init_loc_fn: InitLocFn) -> poutine.Trace:
+        try:
+            return trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
+        except ValueError:
+            # Validation refuses numbers that are not finite at the initial point; others may be.
+            with _fast_pyro():
+                return trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
 
     def _read(self, trace: poutine.Trace) -> None:
         """Sites, their coordinates and the number of batch dimensions, from one run."""
@@ -793,7 +801,7 @@ class LogJoint:
 
     def init(self, init_loc_fn: InitLocFn, seed: int = 0) -> Tensor:
         """The coordinates (D,) of another initial point."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _fast_pyro():
             torch.manual_seed(seed)
             trace = trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
         return self._coordinates(trace)

@@ -160,7 +160,7 @@ class StickTheLanding(GradientEstimator):
         if by == "auto":
             cheap = flow.transform.fast == "both" or flow.input_dim > _MAX_JACOBIAN_DIM
             by = "inverse" if cheap and flow.transform.inverse_kind == "exact" else "jacobian"
-        x = x.detach().requires_grad_()
+        x = x if x.requires_grad else x.detach().requires_grad_()
         z, ladj = flow.transform.forward_and_ladj(x)
         log_q = flow.base().log_prob(x) - ladj
         if by == "jacobian":
@@ -199,13 +199,20 @@ class Objective(ABC):
     """Something to minimise: ``objective(flow, joint, x) -> Estimate``."""
 
     @abstractmethod
-    def __call__(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Estimate:
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
         """Evaluates the objective.
 
         Args:
             flow: q.
             joint: The log joint density p.
-            x: Draws of ``flow.base()``, shape ``(S, D)``.
+            x: Draws of ``flow.base()``, shape ``(S, D)``; with a graph if the base learns.
+            weights: Of stratified draws, shape ``(S,)``, with sum 1; equal by default.
         """
 
 
@@ -241,13 +248,22 @@ class ELBO(Objective):
     gradient: GradientEstimator = StickTheLanding()
     temperature: float = 1.0
 
-    def __call__(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Estimate:
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
         paths = self.gradient.paths(flow, joint, x)
-        weights = paths.ok / paths.ok.sum().clamp_min(1)
+        weights = torch.full_like(paths.log_q, 1 / len(x)) if weights is None else weights
+        weights = _keep(paths.ok, weights)
+        weights = weights / weights.sum().clamp_min(torch.finfo(x.dtype).tiny)
         log_w = paths.log_p - paths.log_q
-        value = (weights * _keep(paths.ok, self.temperature * paths.log_p - paths.log_q)).sum()
-        surrogate = self.gradient.surrogate(paths, weights, self.temperature)
-        return _estimate(value, surrogate, paths, log_w)
+        each = _keep(paths.ok, self.temperature * paths.log_p - paths.log_q).detach()
+        value = (weights * each).sum()
+        surrogate = self.gradient.surrogate(paths, weights.detach(), self.temperature)
+        return _estimate(value, surrogate + value, paths, log_w)
 
 
 class TemperedELBO(Objective):
@@ -281,10 +297,16 @@ class TemperedELBO(Objective):
         done = min(1.0, self._step / max(1, self.count_steps))
         return float(self.start ** (1 - done))
 
-    def __call__(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Estimate:
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
         objective = ELBO(self.gradient, self.temperature)
         self._step += 1
-        return objective(flow, joint, x)
+        return objective(flow, joint, x, weights)
 
 
 @dataclass(frozen=True)
@@ -305,12 +327,20 @@ class ImportanceWeightedELBO(Objective):
     count_inner: int = 8
     gradient: GradientEstimator = StickTheLanding()
 
-    def __call__(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Estimate:
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
         """See :class:`Objective`.
 
         Raises:
-            ValueError: If K does not divide the number of particles.
+            ValueError: If K does not divide the number of particles, or they have weights.
         """
+        if weights is not None:
+            raise ValueError("ImportanceWeightedELBO: particles with weights are not supported.")
         if len(x) % self.count_inner:
             raise ValueError(
                 f"ImportanceWeightedELBO: {len(x)} particles are not a multiple of count_inner = "
@@ -323,9 +353,9 @@ class ImportanceWeightedELBO(Objective):
         bound = groups.logsumexp(-1) - math.log(self.count_inner)
         share = torch.where(alive.unsqueeze(-1), groups, 0.0).softmax(-1)
         power = 2 if isinstance(self.gradient, StickTheLanding) else 1
-        weights = (share**power * alive.unsqueeze(-1)).reshape(-1) / alive.sum().clamp_min(1)
+        shares = (share**power * alive.unsqueeze(-1)).reshape(-1) / alive.sum().clamp_min(1)
         value = torch.where(alive, bound, 0.0).sum() / alive.sum().clamp_min(1)
-        surrogate = self.gradient.surrogate(paths, weights, 1.0)
+        surrogate = self.gradient.surrogate(paths, shares, 1.0)
         return _estimate(value, surrogate, paths, log_w)
 
 
@@ -345,7 +375,13 @@ class ForwardKL(Objective):
     draws: Tensor
     log_weights: Tensor | None = None
 
-    def __call__(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Estimate:
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
         # The first coordinates of the base draws, ranked, are a random permutation of the strata.
         count = len(x)
         log_weights = self.draws.new_zeros(len(self.draws))

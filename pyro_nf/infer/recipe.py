@@ -1,9 +1,9 @@
-"""The default road to a posterior: a start, a flow in its coordinates, and two stages of training."""
+"""The default road to a posterior: a start, a flow in its coordinates, two stages of training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
-from pyro_nf.infer.tempering import mixture_draws, mixture_of
+from pyro_nf.infer.tempering import mixture_draws, mixture_of, separated_mixture
 from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
@@ -73,35 +73,55 @@ def posterior_flow(
 
 
 def mixture_flow(
-    log_weights: Tensor,
-    means: Tensor,
-    roots: Tensor,
+    mixture: GaussianMixture,
     *,
     count_layers: int = COUNT_LAYERS,
     hidden_dims: Sequence[int] = HIDDEN_DIMS,
 ) -> Flow:
     r"""A flow whose base is a learnable Gaussian mixture: for modes that lie apart, and for rings.
 
-    A smooth map of one Gaussian has one connected piece; a map of several has several. The mixture
-    lives in the coordinates in which all of it has mean 0 and covariance 1.
+    A smooth map of one Gaussian has one connected piece; a map of several has several. The base of
+    the flow is the mixture in the coordinates in which all of it has mean 0 and covariance 1.
 
     Args:
-        log_weights: Shape (K,), in unconstrained coordinates of the model, as are the others.
-        means: Shape (K, D).
-        roots: Lower roots of the covariances (K, D, D).
+        mixture: In unconstrained coordinates of the model.
         count_layers: How many autoregressive layers, in alternating order.
         hidden_dims: Widths of the hidden layers of each.
     """
-    pi = log_weights.softmax(-1)
-    loc = pi @ means
-    centred = means - loc
-    cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
-    scale = torch.linalg.cholesky(cov.double()).to(loc)
-    white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
-    white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
+    with torch.no_grad():
+        pi, means = mixture.logits.softmax(-1), mixture.means
+        factors = mixture.triangles.triu(1) + mixture.log_diagonals.exp().diag_embed()
+        roots = torch.linalg.inv(factors).mT
+        loc = pi @ means
+        centred = means - loc
+        cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
+        scale = torch.linalg.cholesky(cov.double()).to(loc)
+        white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
+        white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
+        base = mixture_of(mixture.logits, white, white_roots)
     layers = _layers(len(loc), count_layers, hidden_dims)
-    base = mixture_of(log_weights, white, white_roots)
     return Flow(Chain([*layers, FixedAffine(loc, scale)]).to(loc), base)
+
+
+def choose_flow(
+    joint: LogJoint,
+    start: Start,
+    *,
+    max_seconds: float = 1.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Flow:
+    """A :func:`mixture_flow` for a posterior in pieces, a :func:`posterior_flow` else.
+
+    Args:
+        joint: The log joint density.
+        start: Where to start.
+        max_seconds: For the search of pieces.
+        seed: Of its random numbers.
+        clock: What the seconds are counted with.
+    """
+    mixture = separated_mixture(joint, start, max_seconds=max_seconds, seed=seed, clock=clock)
+    return posterior_flow(start) if mixture is None else mixture_flow(mixture)
 
 
 def _layers(dim: int, count_layers: int, hidden_dims: Sequence[int]) -> list[FlowTransform]:

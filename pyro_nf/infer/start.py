@@ -18,8 +18,8 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 MAX_FULL_DIM = 300
 # Scales of the random starts around the initial point, in unconstrained units.
 _SPREADS = (0.3, 1.0, 3.0)
-# An axis along which the density does not fall is given this scale instead of an infinite one.
-_MAX_SCALE = 10.0
+# An axis along which the density hardly falls is given these scales, to be chosen by ELBO.
+_MAX_SCALES = (10.0, 1000.0)
 # Longest move of a point that knows its curvature.
 _FAR = 1e4
 # How many draws the mean Hessian of a variational Newton step takes.
@@ -65,9 +65,11 @@ def _sample(loc: Tensor, scale: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BatchedLBFGS:
-    r"""Climbs from many points at once, each with an inverse Hessian of its own.
+    r"""Climbs from many points at once, each with its own inverse Hessian.
 
-    $$z \leftarrow z + \alpha H \nabla \log p(z),$$ with H from the last `history` pairs of steps and
+    $$z \leftarrow z + \alpha H \nabla \log p(z),$$
+
+    with H from the last `history` pairs of steps and
     gradient changes (two-loop recursion) and the step halved until the density rises enough. One
     call of the log joint serves a step of all points.
 
@@ -167,14 +169,15 @@ class BatchedLBFGS:
         self._alpha = torch.where(moved, 1.0, 0.4 * self._alpha)
 
 
-def laplace_scale(hessian: Tensor) -> Tensor:
+def laplace_scale(hessian: Tensor, max_scale: float = _MAX_SCALES[-1]) -> Tensor:
     r"""Lower-triangular L_0 with :math:`L_0 L_0^\top = |-H|^{-1}`.
 
     The absolute value is that of the eigenvalues: at a point that is no maximum, the directions in
-    which the density rises get the scale of their curvature. In flat directions the scale is bounded.
+    which the density rises get the scale of their curvature. In flat directions it is bounded.
 
     Args:
         hessian: H of the log density (D, D).
+        max_scale: the bound.
 
     Raises:
         ValueError: H is not finite.
@@ -184,7 +187,7 @@ def laplace_scale(hessian: Tensor) -> Tensor:
     precision, axes = torch.linalg.eigh(-hessian.double())
     # Rounding hides eigenvalues that are this much smaller than the largest.
     floor = torch.finfo(hessian.dtype).eps * precision.abs().max()
-    variance = 1 / precision.abs().clamp_min(floor).clamp_min(_MAX_SCALE**-2)
+    variance = 1 / precision.abs().clamp_min(floor).clamp_min(max_scale**-2)
     # A Gaussian's square root A of any shape has the triangular root R^T with A^T = Q R.
     root = axes * variance.sqrt()
     R = torch.linalg.qr(root.mT)[1]
@@ -192,8 +195,8 @@ def laplace_scale(hessian: Tensor) -> Tensor:
     return lower.to(hessian.dtype)
 
 
-def _diagonal_scale(joint: LogJoint, z: Tensor, generator: torch.Generator) -> Tensor:
-    """1 / sqrt|diag H| by Hutchinson's probes v * (H v), without a D x D matrix."""
+def _diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -> Tensor:
+    """|diag H| by Hutchinson's probes v * (H v), without a D x D matrix."""
     count = 32
     probes = torch.randint(0, 2, (count, len(z)), generator=generator).to(z) * 2 - 1
     batch = z.expand(count, -1).clone().requires_grad_()
@@ -203,7 +206,7 @@ def _diagonal_scale(joint: LogJoint, z: Tensor, generator: torch.Generator) -> T
     diagonal = (product * probes).mean(0)
     if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the Hessian is not finite.")
-    return diagonal.abs().clamp_min(_MAX_SCALE**-2) ** -0.5
+    return diagonal.abs()
 
 
 def random_starts(
@@ -212,6 +215,7 @@ def random_starts(
     count: int,
     generator: torch.Generator,
     max_seconds: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Tensor]:
     """Points from the prior, around the initial point and around 0, with their log density.
 
@@ -221,6 +225,7 @@ def random_starts(
         count: how many.
         generator: of the random numbers.
         max_seconds: for the draws of the prior, each of which is a run of the model.
+        clock: what the seconds are counted with.
 
     Returns:
         z (count, D) and log p (count,).
@@ -230,11 +235,14 @@ def random_starts(
     width = init.new_tensor(_SPREADS)[index % len(_SPREADS)].unsqueeze(-1)
     around_init = (index // len(_SPREADS) % 2 == 0).unsqueeze(-1)
     z = torch.where(around_init, init, 0.0) + width * noise
-    deadline = time.perf_counter() + max_seconds
+    deadline = clock() + max_seconds
     for i in range(0, count, 2):
-        if time.perf_counter() > deadline:
+        if clock() > deadline:
             break
-        draw = joint.prior_draw(int(torch.randint(2**31, (), generator=generator)))
+        try:
+            draw = joint.prior_draw(int(torch.randint(2**31, (), generator=generator)))
+        except (ValueError, RuntimeError):
+            continue  # a draw of the prior with which the model cannot run
         # Heavy-tailed priors draw points where nothing is finite; flat ones draw nothing.
         draw = torch.where(draw == 0, noise[i], draw)
         z[i] = draw.nan_to_num(0.0).clamp(-1e6, 1e6)
@@ -267,14 +275,16 @@ def laplace_start(
     max_steps: int = 200,
     max_seconds: float = 2.0,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Start:
     r"""A Gaussian with a good ELBO, from many climbs and the curvature along them.
 
-    From the initial point and the best of many random points, L-BFGS climbs in one batch, of which
-    every ten steps the better half goes on. Laplace's
-    approximation :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima
-    and at earlier points of the climbs. The one with the best *ELBO* wins, never the best density: a
-    funnel has its greatest density where its scale is 0.
+    From the initial point and some of many random points, most of them the best, L-BFGS climbs in
+    one batch, of which every ten steps the better half goes on. Laplace's approximation
+    :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima and at
+    earlier points of the climbs. The best of them climb on by their ELBO (:func:`mean_field_climb`,
+    :func:`newton_climb`). The one with the best *ELBO* wins, never the best density: a funnel has its
+    greatest density where its scale is 0.
 
     Args:
         joint: the log joint.
@@ -287,6 +297,7 @@ def laplace_start(
         max_steps: of the climb.
         max_seconds: of wall time; what is found by then is used.
         seed: of the random numbers.
+        clock: what the seconds are counted with.
 
     Returns:
         The best Gaussian and, in `modes`, those of the other maxima.
@@ -299,15 +310,21 @@ def laplace_start(
         >>> start.loc.round().tolist(), (start.scale_tril.diagonal() * 10).round().tolist()
         ([500.0, -300.0], [20.0, 20.0])
     """
-    deadline = time.perf_counter() + max_seconds
+    began = clock()
+    deadline = began + max_seconds
     generator = torch.Generator().manual_seed(seed)
     init = joint.init_loc if init is None else init
-    began = time.perf_counter()
-    z, log_prob = random_starts(joint, init, count_starts, generator, 0.1 * max_seconds)
-    best = log_prob.topk(min(count_climbers - 1, count_starts)).indices
+    z, log_prob = random_starts(joint, init, count_starts, generator, 0.1 * max_seconds, clock)
+    # The better half by density; the others are any, lest all stand near one maximum.
+    ranked = log_prob.argsort(descending=True)
+    ranked = ranked[: int(torch.isfinite(log_prob).sum().clamp_min(1))]
+    half = min(count_climbers // 2, len(ranked))
+    rest = ranked[half:][torch.randperm(len(ranked) - half, generator=generator)]
+    best = torch.cat([ranked[:half], rest])[: count_climbers - 1]
     climb = BatchedLBFGS(joint.value_and_grad, torch.cat([init.unsqueeze(0), z[best]]))
     # Where the initial point and the leader passed.
     passed: list[Tensor] = [init]
+    scouts: list[Tensor] = []
     calls = 2
     for step in range(1, max_steps + 1):
         climb.step()
@@ -317,9 +334,11 @@ def laplace_start(
             # Point 0 is the initial one until the first selection.
             passed += [climb.z[0].clone()] if step < 10 else []
         # The rest of the time is for the curvature and the choice.
-        if bool(climb.done.all()) or time.perf_counter() > began + 0.6 * max_seconds:
+        if bool(climb.done.all()) or clock() > began + 0.6 * max_seconds:
             break
         if step % 10 == 0:
+            # A lower maximum may hold a part of the mass: it is noted before it is left behind.
+            scouts = scouts or _distinct(climb, count_modes)
             climb.keep(max(len(climb.z) // 2, min(8, count_climbers)))
     maxima = _distinct(climb, count_modes)
     generator_probes = torch.Generator().manual_seed(seed)
@@ -328,24 +347,29 @@ def laplace_start(
     eps = torch.cat([eps, -eps])
     candidates: list[tuple[Tensor, Tensor]] = []
     is_maximum: list[bool] = []
-    for k, point in enumerate([*maxima, *passed[::-1]]):
-        if candidates and time.perf_counter() > deadline:
+    points = [(z, True) for z in maxima] + [(z, False) for z in passed[::-1]]
+    for point, is_top in points + [(z, True) for z in scouts]:
+        if candidates and clock() > deadline:
             break
         if any(torch.equal(point, other) for other, _ in candidates):
             continue
         try:
             if len(init) > MAX_FULL_DIM:
-                scale = _diagonal_scale(joint, point, generator_probes)
+                precision = _diagonal_precision(joint, point, generator_probes)
+                scales = [precision.clamp_min(s**-2) ** -0.5 for s in _MAX_SCALES]
             else:
-                scale = laplace_scale(joint.hessian(point))
+                hessian = joint.hessian(point)
+                scales = [laplace_scale(hessian, s) for s in _MAX_SCALES]
         except (ValueError, RuntimeError):
             continue
-        candidates.append((point, scale))
-        is_maximum.append(k < len(maxima))
+        if torch.equal(*scales):
+            del scales[0]
+        candidates += [(point, scale) for scale in scales]
+        is_maximum += [is_top] * len(scales)
     candidates.append((init, torch.full_like(init, 0.1)))
     is_maximum.append(False)
     elbos = gaussian_elbos(joint, candidates, eps[:count_draws])
-    if count_refine and time.perf_counter() < deadline:
+    if count_refine and clock() < deadline:
         # Fixed draws, as many as a recorded step takes.
         fixed = eps[:32]
         fixed = torch.cat([fixed, -fixed])
@@ -356,10 +380,10 @@ def laplace_start(
             if not bool(torch.isfinite(elbos[i])):
                 continue
             spread = scale if scale.dim() == 1 else scale.norm(dim=-1)
-            diagonal = mean_field_climb(joint, loc, spread, fixed, deadline=deadline)
+            diagonal = mean_field_climb(joint, loc, spread, fixed, deadline=deadline, clock=clock)
             for m, s in [(loc, scale), diagonal]:
                 if len(init) <= MAX_FULL_DIM:
-                    m, s = newton_climb(joint, m, s, fixed, deadline=deadline)
+                    m, s = newton_climb(joint, m, s, fixed, deadline=deadline, clock=clock)
                 candidates.append((m, s))
                 is_maximum.append(False)
             candidates.append(diagonal)
@@ -389,6 +413,7 @@ def mean_field_climb(
     eps: Tensor,
     max_steps: int = 100,
     deadline: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Tensor]:
     r"""Maximises the ELBO of a diagonal Gaussian on fixed draws, by L-BFGS.
 
@@ -406,7 +431,8 @@ def mean_field_climb(
         scale: s at the start (D,).
         eps: normal draws (S, D).
         max_steps: calls of the log joint.
-        deadline: of `time.perf_counter`.
+        deadline: when to stop, by the clock.
+        clock: what the seconds are counted with.
 
     Returns:
         m and s (D,).
@@ -424,7 +450,7 @@ def mean_field_climb(
 
     climb = BatchedLBFGS(value_and_grad, torch.cat([loc, scale.log()]).unsqueeze(0))
     for _ in range(max_steps):
-        if bool(climb.done.all()) or time.perf_counter() > deadline:
+        if bool(climb.done.all()) or clock() > deadline:
             break
         climb.step(tolerance=1e-2)
     return climb.z[0, :dim].clone(), climb.z[0, dim:].exp()
@@ -437,6 +463,7 @@ def newton_climb(
     eps: Tensor,
     max_steps: int = 100,
     deadline: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Tensor]:
     r"""Variational Newton steps of a full Gaussian towards the best ELBO.
 
@@ -454,7 +481,8 @@ def newton_climb(
         scale: lower-triangular root of the covariance at the start (D, D), or diagonal (D,).
         eps: normal draws (S, D); a few of them serve for the mean Hessian.
         max_steps: steps tried.
-        deadline: of `time.perf_counter`.
+        deadline: when to stop, by the clock.
+        clock: what the seconds are counted with.
 
     Returns:
         m (D,) and L (D, D).
@@ -464,7 +492,7 @@ def newton_climb(
     elbo = float(gaussian_elbos(joint, [(loc, L)], eps)[0])
     step: tuple[Tensor, Tensor] | None = None
     for _ in range(max_steps):
-        if time.perf_counter() > deadline:
+        if clock() > deadline:
             break
         if step is None:
             z, _ = _sample(loc, L, eps)

@@ -1,0 +1,341 @@
+"""Posteriors with known truths: Pyro's guides, NUTS and ours in the same CPU seconds, one thread.
+
+    python -m benchmarks.posteriors [names ...] [--seconds 10] [--seeds 3] [--out NAME] [--smoke]
+
+from the project's root. NUTS runs on our flat log joint, which is faster than Pyro's own potential.
+Prints a markdown table, and writes it with all figures to `<out>.md` and `<out>.json`.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import arviz
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, autoguide
+from pyro.infer.autoguide import init_to_median
+from torch import Tensor
+
+from benchmarks import models
+from pyro_nf.flows.flow import Flow
+from pyro_nf.infer.joint import LogJoint, init_anywhere
+from pyro_nf.infer.recipe import choose_flow, choose_pace, posterior_stages
+from pyro_nf.infer.start import laplace_start
+from pyro_nf.train.loop import train
+from tests.reference_models import exact_targets
+
+COUNT_DRAWS = 10_000
+BATCH = 2_000
+# Largest errors that pass all four at once.
+MOST_KHAT, LEAST_ESS, MOST_GAP, MOST_MEAN, MOST_SD = 0.7, 0.9, 0.1, 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its arguments, exact or reference draws, and its log evidence if it is known."""
+
+    name: str
+    model: Callable[..., None]
+    args: tuple
+    draws: dict[str, Tensor]
+    log_evidence: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one method on one problem with one seed; nan where there is none."""
+
+    problem: str
+    method: str
+    seed: int
+    mean_error: float
+    sd_error: float
+    khat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    evidence_error: float
+    gap: float
+    steps: int
+    seconds: float
+    note: str = ""
+
+    @property
+    def passes(self) -> bool:
+        trusted = self.khat < MOST_KHAT or self.ess > LEAST_ESS
+        close = self.mean_error < MOST_MEAN and self.sd_error < MOST_SD
+        return trusted and self.gap < MOST_GAP and close
+
+
+def problems(names: list[str]) -> list[Problem]:
+    found = []
+    try:
+        for name in models.NAMES:
+            if not names or name in names:
+                r = models.reference(name)
+                found.append(Problem(name, r.model, r.args, r.draws, None))
+    except FileNotFoundError as error:
+        print(f"skipped the posteriors with reference draws: {error}")
+    for target in exact_targets():
+        if not names or target.name in names:
+            draws = target.draw(COUNT_DRAWS, torch.Generator().manual_seed(1))
+            found.append(Problem(target.name, target.model, (), draws, target.log_evidence))
+    return found
+
+
+def errors(draws: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, float]:
+    """Largest error of a mean, in sd of the truth, and largest relative error of an sd."""
+    mean_error = sd_error = 0.0
+    for site, exact in truth.items():
+        mine, exact = draws[site].double(), exact.double()
+        sd = exact.std(0)
+        mean_error = max(mean_error, float(((mine.mean(0) - exact.mean(0)) / sd).abs().max()))
+        sd_error = max(sd_error, float((mine.std(0) / sd - 1).abs().max()))
+    return mean_error, sd_error
+
+
+def figures(
+    problem: Problem, method: str, seed: int, z: Tensor, log_w: Tensor, joint: LogJoint, **rest
+) -> Row:
+    """Everything that draws and their log weights tell."""
+    log_w = log_w.double()
+    ok = torch.isfinite(log_w)
+    n = len(log_w)
+    elbo = float(log_w[ok].mean())
+    w = torch.where(ok, log_w, -torch.inf).softmax(0)
+    ess = float(1 / (w**2).sum() / n)
+    log_evidence = float(torch.where(ok, log_w, -torch.inf).logsumexp(0)) - math.log(n)
+    khat = float(arviz.psislw(log_w[ok].numpy())[1])
+    known = problem.log_evidence
+    gap = (log_evidence if known is None else known) - elbo
+    mean_error, sd_error = errors(joint.unpack(z), problem.draws)
+    spread = math.sqrt(max(1 / ess - 1, 0.0) / n)
+    return Row(
+        problem.name,
+        method,
+        seed,
+        mean_error,
+        sd_error,
+        khat,
+        ess,
+        elbo,
+        log_evidence,
+        spread,
+        gap,
+        **rest,
+    )
+
+
+def ours(problem: Problem, seed: int, seconds: float) -> Row:
+    clock = time.process_time
+    begin = clock()
+    joint = LogJoint(problem.model, problem.args, seed=seed)
+    joint.trace(64, max_seconds=0.1 * seconds)
+    start = laplace_start(joint, seed=seed, max_seconds=0.3 * seconds, clock=clock)
+    torch.manual_seed(seed)
+    flow = choose_flow(joint, start, seed=seed, max_seconds=0.1 * seconds, clock=clock)
+    stages = posterior_stages(flow, joint, pace=choose_pace(joint))
+    left = max(0.1 * seconds, seconds - (clock() - begin))
+    history = train(flow, stages, max_seconds=left, seed=seed, clock=clock, progress=False)
+    used = clock() - begin
+    z, log_w = draws_of_flow(flow, joint)
+    return figures(problem, "ours", seed, z, log_w, joint, steps=history.steps, seconds=used)
+
+
+def draws_of_flow(flow: Flow, joint: LogJoint) -> tuple[Tensor, Tensor]:
+    zs, log_ws = [], []
+    with torch.no_grad():
+        for _ in range(COUNT_DRAWS // BATCH):
+            z, log_q = flow().rsample_and_log_prob((BATCH,))
+            zs.append(z)
+            log_ws.append(joint.log_prob(z) - log_q)
+    return torch.cat(zs), torch.cat(log_ws)
+
+
+def pyro_guide(name: str) -> Callable[[Problem, int, float], Row]:
+    """One of Pyro's guides with Adam 1e-2 and 16 particles, vectorised where the model can."""
+
+    def run(problem: Problem, seed: int, seconds: float) -> Row:
+        clock = time.process_time
+        joint = LogJoint(problem.model, problem.args, seed=seed)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        init = {"init_loc_fn": init_anywhere(init_to_median)}
+        if name == "AutoIAFNormal":
+            guide = autoguide.AutoIAFNormal(
+                problem.model, num_transforms=2, hidden_dim=[64], **init
+            )
+        else:
+            guide = getattr(autoguide, name)(problem.model, **init)
+        begin = clock()
+        particles, steps = 16, 0
+        optimiser = pyro.optim.ClippedAdam({"lr": 1e-2})
+        loss = Trace_ELBO(num_particles=particles, vectorize_particles=joint.kind == "batched")
+        svi = SVI(problem.model, guide, optimiser, loss)
+        while clock() - begin < seconds:
+            svi.step(*problem.args)
+            steps += 1
+        if name == "AutoLaplaceApproximation":
+            guide = guide.laplace_approximation(*problem.args)
+        used = clock() - begin
+        zs, log_qs = [], []
+        with torch.no_grad():
+            if name == "AutoNormal":
+                # Its sites are normals of their own: the law of the flat vector, put together.
+                locs, scales = [], []
+                for site in joint.sites:
+                    locs.append(guide._get_loc_and_scale(site)[0].reshape(-1))
+                    scales.append(guide._get_loc_and_scale(site)[1].reshape(-1))
+                law = torch.distributions.Independent(
+                    torch.distributions.Normal(torch.cat(locs), torch.cat(scales)), 1
+                )
+            else:
+                law = guide.get_posterior(*problem.args)
+            for _ in range(COUNT_DRAWS // BATCH):
+                z = law.sample((BATCH,))
+                zs.append(z)
+                log_qs.append(law.log_prob(z))
+            z = torch.cat(zs)
+            log_w = joint.log_prob(z) - torch.cat(log_qs)
+        return figures(problem, name, seed, z, log_w, joint, steps=steps, seconds=used)
+
+    return run
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+def nuts(problem: Problem, seed: int, seconds: float) -> Row:
+    """NUTS on the flat log joint's model for as many draws as the seconds allow (warm-up 1/3)."""
+    clock = time.process_time
+    joint = LogJoint(problem.model, problem.args, seed=seed)
+    pyro.set_rng_seed(seed)
+    begin = clock()
+    draws: list[dict[str, Tensor]] = []
+
+    def hook(kernel: NUTS, sample: dict[str, Tensor], stage: str, i: int) -> None:
+        if stage.lower().startswith("sample"):
+            draws.append({k: v.detach().clone() for k, v in sample.items()})
+        if clock() - begin > seconds:
+            raise _OutOfTime
+
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        return -joint.log_prob(values["z"])
+
+    kernel = NUTS(potential_fn=potential)
+    first = {"z": joint.init_loc.clone()}
+    mcmc = MCMC(
+        kernel,
+        1000,
+        warmup_steps=500,
+        initial_params=first,
+        hook_fn=hook,
+        disable_progbar=True,
+    )
+    note = ""
+    try:
+        mcmc.run()
+    except _OutOfTime:
+        note = f"{len(draws)} of 1000 draws after 500 of warm-up"
+    used, nan = clock() - begin, math.nan
+    mean_error = sd_error = nan
+    if len(draws) > 1:
+        z = torch.stack([d["z"] for d in draws])
+        mean_error, sd_error = errors(joint.unpack(z), problem.draws)
+    return Row(
+        problem.name,
+        "NUTS",
+        seed,
+        mean_error,
+        sd_error,
+        nan,
+        nan,
+        nan,
+        nan,
+        nan,
+        nan,
+        len(draws),
+        used,
+        note,
+    )
+
+
+METHODS: dict[str, Callable[[Problem, int, float], Row]] = {
+    "ours": ours,
+    "AutoNormal": pyro_guide("AutoNormal"),
+    "AutoMultivariateNormal": pyro_guide("AutoMultivariateNormal"),
+    "AutoLaplaceApproximation": pyro_guide("AutoLaplaceApproximation"),
+    "AutoIAFNormal": pyro_guide("AutoIAFNormal"),
+    "NUTS": nuts,
+}
+
+
+def table(rows: list[Row]) -> str:
+    """The worst of the seeds, as markdown."""
+    lines = [
+        "| posterior | method | mean error | sd error | k-hat | ESS | ELBO gap | steps | all |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.problem, row.method), []).append(row)
+    for (problem, method), group in groups.items():
+
+        def worst(field: str, group: list[Row] = group) -> float:
+            values = [getattr(row, field) for row in group]
+            return math.nan if any(math.isnan(v) for v in values) else max(values)
+
+        ess = min((row.ess for row in group), key=lambda v: -math.inf if math.isnan(v) else v)
+        steps = sum(row.steps for row in group) // len(group)
+        verdict = "yes" if all(row.passes for row in group) else "no"
+        note = next((row.note for row in group if row.note), "")
+        lines.append(
+            f"| {problem} | {method} | {worst('mean_error'):.3f} | {worst('sd_error'):.3f} | "
+            f"{worst('khat'):.2f} | {100 * ess:.1f} % | {worst('gap'):.3f} | {steps} | "
+            f"{verdict} {note} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="posteriors; all by default")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--smoke", action="store_true", help="one small posterior, half a second")
+    options = parser.parse_args()
+    names, seconds, seeds = options.names, options.seconds, options.seeds
+    if options.smoke:
+        names, seconds, seeds = names or ["banana"], 0.5, 1
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows: list[Row] = []
+    for problem in problems(names):
+        for seed in range(seeds):
+            for name in options.methods:
+                try:
+                    row = METHODS[name](problem, seed, seconds)
+                except Exception as error:  # a guide that cannot take the model is a row too
+                    nan, reason = math.nan, f"{type(error).__name__}: {error}".splitlines()[0]
+                    row = Row(problem.name, name, seed, *[nan] * 8, 0, 0.0, reason[:80])
+                rows.append(row)
+                print(json.dumps(asdict(row)), file=sys.stderr, flush=True)
+    print(table(rows))
+    if options.out:
+        Path(f"{options.out}.md").write_text(table(rows) + "\n")
+        figures_ = [asdict(row) | {"passes": row.passes} for row in rows]
+        Path(f"{options.out}.json").write_text(json.dumps(figures_, indent=1))
+
+
+if __name__ == "__main__":
+    main()
