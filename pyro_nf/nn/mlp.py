@@ -69,9 +69,10 @@ class MLP(nn.Module):
         nn.init.zeros_(last.bias)
         layers: list[nn.Module] = []
         for a, b in pairwise(hidden_dims):
-            layer = (activation(), nn.Linear(a, b))
-            layers += [Skip(*layer)] if residual and a == b else layer
-        self.rest = nn.Sequential(*layers, activation(), last)
+            skip = residual and a == b
+            layer = (activation() if skip else _in_place(activation()), nn.Linear(a, b))
+            layers += [Skip(*layer)] if skip else layer
+        self.rest = nn.Sequential(*layers, _in_place(activation()), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.context is None:
@@ -82,6 +83,13 @@ class MLP(nn.Module):
             h = self.first(x) + self.context(context)
         params: Tensor = self.rest(h)
         return params.view(*params.shape[:-1], *self.output_shape)
+
+
+def _in_place(activation: nn.Module) -> nn.Module:
+    """The activation in the memory of its input, if it can: fresh memory costs more than ReLU."""
+    if isinstance(activation, nn.ReLU):
+        activation.inplace = True
+    return activation
 
 
 class Skip(nn.Sequential):

@@ -35,8 +35,8 @@ class Additive(UnivariateMap):
 class Affine(UnivariateMap):
     r"""Shift and scale, :math:`y = t + x e^{s}`, with an exact inverse.
 
-    The log-scale is bounded smoothly, :math:`s = a / \sqrt{1 + (a / b)^2}` with :math:`|s| < b`:
-    far from the data a network extrapolates, and an unbounded :math:`e^{a}` overflows.
+    The log-scale is clamped, :math:`s = \max(-b, \min(b, a))`: far from the data a network
+    extrapolates, and an unbounded :math:`e^{a}` overflows.
 
     The map of *Density estimation using Real NVP* (Dinh, Sohl-Dickstein, Bengio, 2017) and of
     *Masked Autoregressive Flow for Density Estimation* (Papamakarios, Pavlakou, Murray, 2017).
@@ -64,8 +64,7 @@ class Affine(UnivariateMap):
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
-        b = self.max_log_scale
-        return t, a * torch.rsqrt(torch.addcmul(a.new_ones(()), a, a, value=b**-2))
+        return t, a.clamp(-self.max_log_scale, self.max_log_scale)
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         t, s = self._shift_and_log_scale(params)
