@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
@@ -104,14 +105,21 @@ class MaskedNet(nn.Module):
             nn.init.zeros_(self.context.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.sums(x, context)[-1].unflatten(-1, (self.input_dim, self.num_params))
+        # Fresh memory costs more than an activation, so where no skip needs the sums, none are kept.
+        activation = self.activation if any(self.skips) else in_place(self.activation)
+        for s in propagate(self.start(x, context), self.layers[1:], self.skips, activation):
+            theta = s
+        return theta.unflatten(-1, (self.input_dim, self.num_params))
 
     def sums(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
         r"""Returns :math:`s_1, \dots, s_{L+1}`; the last is the output, ``(..., D * P)``."""
-        s = self.layers[0](x)
-        if self.context is not None:
-            s = s + self.context(context)
-        return propagate(s, self.layers[1:], self.skips, self.activation)
+        start = self.start(x, context)
+        return list(propagate(start, self.layers[1:], self.skips, self.activation))
+
+    def start(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Returns :math:`s_1`."""
+        s: Tensor = self.layers[0](x)
+        return s if self.context is None else s + self.context(context)
 
 
 def propagate(
@@ -119,13 +127,21 @@ def propagate(
     layers: Iterable[Callable[[Tensor], Tensor]],
     skips: Iterable[bool],
     activation: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
-    r"""Returns ``s`` and what follows: :math:`s_{l+1} = [s_l +] W_{l+1} \sigma(s_l) + b_{l+1}`."""
-    sums = [s]
+) -> Iterator[Tensor]:
+    r"""Yields ``s`` and what follows: :math:`s_{l+1} = [s_l +] W_{l+1} \sigma(s_l) + b_{l+1}`."""
+    yield s
     for layer, skip in zip(layers, skips, strict=True):
         s = s + layer(activation(s)) if skip else layer(activation(s))
-        sums.append(s)
-    return sums
+        yield s
+
+
+def in_place(activation: nn.Module) -> nn.Module:
+    """The activation in the memory of its input, if it can be."""
+    if "inplace" not in vars(activation):
+        return activation
+    activation = copy(activation)
+    vars(activation)["inplace"] = True
+    return activation
 
 
 def _spread(width: int, lowest: int, highest: int) -> Tensor:

@@ -40,7 +40,6 @@ again, and read backwards it is block lower triangular: :func:`substitute` solve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pyro_nf.nn.masked import MaskedLinear, MaskedNet, propagate
+from pyro_nf.nn.masked import MaskedLinear, MaskedNet, in_place, propagate
 
 # Below this many groups halving costs more in calls than it saves in products.
 LEAF = 8
@@ -229,7 +228,7 @@ def _by_passes(
     z = v
     for _ in range(int(input_dim / groups_per_pass / 2)):
         s = start + F.linear(z, weights[0])
-        theta = propagate(s, layers, plan.skips, plan.activation)[-1]
+        *_, theta = propagate(s, layers, plan.skips, plan.activation)
         image, ladj = plan.g(v, theta.unflatten(-1, (input_dim, -1)))
         if torch.equal(image, z):
             return image, ladj.sum(-1)
@@ -247,7 +246,7 @@ def _by_substitution(
     v_of, ladj = z.unbind(), v.new_zeros(len(v))
     sums = [start.T.clone(memory_format=torch.contiguous_format)]
     sums += [bias.unsqueeze(-1).repeat(1, len(v)) for bias in biases]
-    values, activation = sums[:-1], _in_place(plan.activation)
+    values, activation = sums[:-1], in_place(plan.activation)
     if any(plan.skips):  # which need the sums when the values are there
         values, activation = [torch.zeros_like(s) for s in values], plan.activation
     s = z  # the sums of the layer before
@@ -275,14 +274,6 @@ def _by_substitution(
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, ends[-1], ends[0], output))
     substitute(ring, 0, len(z))
     return z.T, ladj
-
-
-def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation, in place if it can be, and without the cost of a module's call."""
-    activation = copy(activation)
-    if "inplace" in vars(activation):
-        vars(activation)["inplace"] = True
-    return cast(Callable[[Tensor], Tensor], activation.forward)
 
 
 def _with_implicit_gradient(

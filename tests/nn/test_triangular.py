@@ -15,10 +15,10 @@ from pyro_nf.univariate.spline import RationalQuadratic
 
 MAPS = {"affine": Affine(), "spline": RationalQuadratic(5, 1.5), "sinh": SinhArcsinh()}
 NETS = {
-    "plain": dict(hidden_dims=(24, 16)),
-    "residual": dict(hidden_dims=(24, 24, 24), residual=True),
-    "linear": dict(hidden_dims=()),
-    "narrow": dict(hidden_dims=(3,)),
+    "plain": {"hidden_dims": (24, 16)},
+    "residual": {"hidden_dims": (24, 24, 24), "residual": True},
+    "linear": {"hidden_dims": ()},
+    "narrow": {"hidden_dims": (3,)},
 }
 
 
