@@ -39,3 +39,5 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+# What a library says on stderr while a page runs (progress bars, advice on widgets) is no part of it.
+nb_output_stderr = "remove"

@@ -64,6 +64,9 @@ log evidence           {weights.log_evidence:8.3f} ± {weights.log_evidence_se:.
 PSIS k-hat             {weights.khat:8.2f}
 effective sample size  {weights.ess:8.0f} of {len(posterior)} draws""")
 
+    if not options.smoke:
+        print(f"\nVerdict: {posterior.diagnose()}")
+
     draws = posterior.resample(seed=options.seed).samples
     pictures = {
         "eight_schools.png": pair_plot({"mu": draws["mu"], "log tau": draws["tau"].log()}),

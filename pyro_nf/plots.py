@@ -361,7 +361,8 @@ def weights_plot(weights: WeightsLike) -> Figure:
         )
         axes.loglog(rank, raw, ".", color=PALE, markersize=4, label="weights")
         axes.loglog(rank, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
-        axes.set(xlabel="rank", ylabel="weight / mean weight", ylim=(1e-3, None))
+        lowest = max(1e-3, min(0.5, 0.5 * raw.min().item()))
+        axes.set(xlabel="rank", ylabel="weight / mean weight", ylim=(lowest, None))
         axes.set_title(
             f"k-hat {weights.khat:.2f}, effective sample size {weights.ess:.0f} of {count}"
         )
