@@ -29,6 +29,9 @@ RACE_SHARE = 0.08
 MIXTURE_SHARE = 0.1
 """Share of ``max_seconds`` that the Gaussian mixture may take."""
 
+MIXTURE_MARGIN = 0.03
+"""Nats by which the mixture must win to take the flow's place: less is within the noise."""
+
 MOST_CHECKED_ROWS = 2_000
 MOST_COPULA_ROWS = 500
 ROWS_AT_ONCE = 4_096
@@ -74,7 +77,7 @@ def fit_density(
     weight_decay: float | None = None,
     starts: Sequence[Start] = (Standardised(), Whitened()),
     baselines: bool = True,
-    patience: float | None = 0.3,
+    patience: float | None = 0.5,
     check_every: int = 50,
     seed: int | None = 0,
     progress: bool = True,
@@ -91,9 +94,9 @@ def fit_density(
     small share of the budget; validation chooses the one that goes on. The learning rate rises,
     then falls along a cosine that ends with the budget. The flow ends with the parameters that were
     best on the validation rows. Few rows for many columns bring weight decay on the networks, and
-    heavy tails a Student t base in place of a fixed normal one. If a Gaussian mixture is better
-    than the flow on the validation rows, it becomes the base of the flow: the result never loses to
-    it there.
+    heavy tails a Student t base in place of a fixed normal one. If a Gaussian mixture is clearly
+    better than the flow on the validation rows, it becomes the base of the flow, which then starts
+    from it at the next fit.
 
     Args:
         flow: The flow, changed in place.
@@ -205,7 +208,7 @@ def fit_density(
     fit = DensityFit(flow, history, _mean_loss(flow, held_out), start=name, starts=values)
     if rivals is not None:
         fit.baselines = rivals.losses(held_out)
-        if not fit.baselines["Gaussian mixture"] >= fit.validation:
+        if not fit.baselines["Gaussian mixture"] >= fit.validation - MIXTURE_MARGIN:
             rivals.move_into(flow)
             fit.start, fit.validation = "Gaussian mixture", fit.baselines["Gaussian mixture"]
     return fit

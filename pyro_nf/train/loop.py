@@ -206,8 +206,8 @@ def train(
         max_steps: The most steps.
         max_seconds: The most seconds of the clock, those before a resume included.
         check_every: Steps between two checks.
-        patience: Stop when the metric has not improved for this share of the budget, for example
-            0.3; None for never.
+        patience: Stop when the metric has not improved for so many steps (an int) or for this share
+            of the budget (a float, for example 0.5); None for never.
         max_grad_norm: The norm that gradients are clipped to; None for no clipping.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
         progress: Whether to show a progress bar.
@@ -391,13 +391,17 @@ class _Run:
 
     def out_of_patience(self, budget: _Budget, patience: float | None) -> str:
         """Say whether the metric has not improved for too long, or nothing."""
-        if patience is None or not self.is_checked:
-            return ""
         history = self.history
-        best_seconds = history.seconds[history.best_step - 1] if history.best_step else 0.0
-        waited = budget.share(history.steps, budget.seconds()) - budget.share(
-            history.best_step, best_seconds
-        )
+        if patience is None or not self.is_checked or history.steps == 0:
+            return ""
+        # The start does not count: a settled state is worse at first under a high learning rate.
+        checks = zip(history.checked_values, history.checked_steps, strict=True)
+        later = [(value, step) for value, step in checks if step > 0 and not math.isnan(value)]
+        _, best_step = min(later, default=(math.nan, 1))
+        if isinstance(patience, int):
+            return "patience" if history.steps - best_step >= patience else ""
+        now = budget.share(history.steps, budget.seconds())
+        waited = now - budget.share(best_step, history.seconds[best_step - 1])
         return "patience" if waited >= patience else ""
 
     def check(self) -> None:

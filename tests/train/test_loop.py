@@ -89,9 +89,10 @@ def test_a_fit_never_ends_worse_than_it_began():
     assert torch.equal(module.w.detach(), torch.zeros(4))
 
 
-def test_patience_is_a_share_of_the_budget():
-    values = iter([5.0, 1.0] + [2.0] * 100)
-    history = fit(Quadratic(), validate=lambda: next(values), patience=0.25)
+@pytest.mark.parametrize("patience", [0.25, 50])
+def test_patience_is_a_share_of_the_budget_or_steps(patience):
+    values = iter([0.5, 1.0] + [2.0] * 100)  # the start does not count
+    history = fit(Quadratic(), validate=lambda: next(values), patience=patience)
     assert history.stopped == "patience"
     assert history.steps == 10 + 50
 
