@@ -636,6 +636,8 @@ class LogJoint:
         The gradient of a particle whose density or gradient is not finite is zero.
         """
         self._expect(z)
+        if not z.numel():
+            return z.sum(-1)
         flat = z.reshape(-1, self.latent_dim)
         if flat.requires_grad:
             flat = flat.clone()

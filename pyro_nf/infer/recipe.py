@@ -223,7 +223,7 @@ def posterior_stages(
     is_mixture = isinstance(flow.base, GaussianMixture)
     parts: list[FlowTransform] = list(flow.transform.parts)  # type: ignore[arg-type]
     # A mixture is affine in each of its components.
-    base = Flow(Chain(parts[-1:]), flow.base) if is_mixture else Flow(Chain(parts[-2:]))
+    base = Flow(Chain(parts[-1:] if is_mixture else parts[-2:]), flow.base)
     affine = Step(base, joint, objective, pace.count_particles)
     step = Step(flow, joint, objective, pace.count_particles)
     first, last = AFFINE_RATES

@@ -283,8 +283,8 @@ def laplace_start(
     one batch, of which every ten steps the better half goes on. Laplace's approximation
     :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima and at
     earlier points of the climbs. The best of them climb on by their ELBO (:func:`mean_field_climb`,
-    :func:`newton_climb`). The one with the best *ELBO* wins, never the best density: a funnel has its
-    greatest density where its scale is 0.
+    :func:`newton_climb`). The one with the best *ELBO* wins, never the best density: a funnel has
+    its greatest density where its scale is 0.
 
     Args:
         joint: the log joint.

@@ -23,6 +23,8 @@ _SURVIVORS = 0.5
 _COUNT_LEAPFROGS = 4
 _COUNT_MOVES = 3
 _WANTED_ACCEPTANCE = 0.7
+# Runs of expectation maximisation from other centres; the best likelihood wins.
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -171,30 +173,38 @@ def fit_mixture(
     mean, root = _root(z)
     # In whitened coordinates distances mean something.
     x = torch.linalg.solve_triangular(root.mT, z - mean, upper=True, left=False).double()
+    tries = [_expectation_maximisation(x, count_components, count_steps, g) for _ in range(_TRIES)]
+    _, log_weights, centres, L = max(tries, key=lambda result: result[0])
+    root64 = root.double()
+    means = mean + (centres @ root64.mT).to(z)
+    return log_weights.to(z), means, (root64 @ L).to(z)
+
+
+def _expectation_maximisation(
+    x: Tensor, count_components: int, count_steps: int, g: torch.Generator
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Log likelihood, log weights, means and lower roots, from random centres."""
     n, dim = x.shape
+    eye = torch.eye(dim, dtype=x.dtype, device=x.device)
     centres = x[torch.randint(n, (1,), generator=g)]
     for _ in range(count_components - 1):
         distance = torch.cdist(x, centres).amin(-1) ** 2
         centres = torch.cat([centres, x[torch.multinomial(distance, 1, generator=g)]])
-    share = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(-1), count_components)
-    share = share.to(x)
+    share = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(-1), count_components).to(x)
     for _ in range(count_steps):
         mass = share.sum(0) + 1e-6
         centres = share.mT @ x / mass.unsqueeze(-1)
-        centred = x - centres.unsqueeze(1)
-        cov = (share.mT.unsqueeze(-1) * centred).mT @ centred / mass[:, None, None]
+        centred = (x - centres.unsqueeze(1)) * (share.mT / mass.unsqueeze(-1)).sqrt().unsqueeze(-1)
+        cov = centred.mT @ centred
         # A component of few points leans on a round one.
         lean = (dim / (dim + mass))[:, None, None]
         size = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-6
-        eye = torch.eye(dim, dtype=x.dtype, device=x.device)
-        cov = (1 - lean) * cov + lean * size * eye + 1e-6 * size * eye
-        L = torch.linalg.cholesky(cov)
-        eps = torch.linalg.solve_triangular(L, centred.mT, upper=False)
+        L = torch.linalg.cholesky((1 - lean) * cov + (lean + 1e-6) * size * eye)
+        eps = torch.linalg.solve_triangular(L, (x - centres.unsqueeze(1)).mT, upper=False)
         log_norm = (mass / n).log() - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        share = (log_norm.unsqueeze(-1) - 0.5 * (eps**2).sum(-2)).softmax(0).mT
-    root64 = root.double()
-    means = mean + (centres @ root64.mT).to(z)
-    return (mass / mass.sum()).log().to(z), means, (root64 @ L).to(z)
+        each = log_norm.unsqueeze(-1) - 0.5 * (eps**2).sum(-2)
+        share = each.softmax(0).mT
+    return float(each.logsumexp(0).mean()), (mass / mass.sum()).log(), centres, L
 
 
 def mixture_of(log_weights: Tensor, means: Tensor, roots: Tensor) -> GaussianMixture:
@@ -275,20 +285,22 @@ def separated_mixture(
     cov = 2.25 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
     try:
         wide = torch.linalg.cholesky(cov.double()).to(cov)
-        cloud = tempered_cloud(
-            joint, points.mean(0), wide, max_seconds=max_seconds, seed=seed, clock=clock
-        )
-        if not cloud.is_complete:
-            return None
-        best, best_elbo = None, start.elbo
-        for count in _COUNTS:
-            log_weights, means, roots = fit_mixture(cloud.z, count, seed=seed)
-            mixture = mixture_of(log_weights, means, roots)
-            elbo = mixture_elbo(joint, mixture, seed=seed)
-            if elbo > best_elbo + _GAIN:
-                best, best_elbo = mixture, elbo
     except LinAlgError:
         return None
+    cloud = tempered_cloud(
+        joint, points.mean(0), wide, max_seconds=max_seconds, seed=seed, clock=clock
+    )
+    if not cloud.is_complete:
+        return None
+    best, best_elbo = None, start.elbo
+    for count in _COUNTS:
+        try:
+            mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed))
+        except (LinAlgError, RuntimeError):
+            continue  # more components than the cloud can hold apart
+        elbo = mixture_elbo(joint, mixture, seed=seed)
+        if elbo > best_elbo + _GAIN:
+            best, best_elbo = mixture, elbo
     return best if best is not None and _deepest_valley(joint, best.means) > _VALLEY else None
 
 
