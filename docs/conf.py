@@ -38,6 +38,6 @@ myst_heading_anchors = 3
 # A page may hold {code-cell}s; each page runs once and again when its cells change.
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
-# What a library says on stderr while a page runs (progress bars, advice on widgets) is no part of it.
+nb_execution_timeout = 300
+# What libraries say on stderr while a page runs (advice on widgets) is no part of the page.
 nb_output_stderr = "remove"
