@@ -403,6 +403,8 @@ def laplace_start(
     ]
     others.sort(key=lambda start: -start.elbo)
     loc, scale = candidates[winner]
+    if scale.dim() == 1 and len(init) <= MAX_FULL_DIM:
+        scale = scale.diag_embed()  # one form for one size
     return Start(loc, scale, float(more.max()), tuple(others), calls)
 
 
