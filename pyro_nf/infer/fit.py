@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_nf._checks import check_count
+from pyro_nf.flows.flow import Flow
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint, Model
-from pyro_nf.infer.objectives import Objective
+from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
 from pyro_nf.infer.recipe import Pace, choose_pace, posterior_stages
+from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.train.loop import History, train
 
@@ -22,6 +26,9 @@ from pyro_nf.train.loop import History, train
 _MAX_STEPS = 2000
 # The start may take this share of the seconds, and at most so many of them.
 _START_SHARE, _START_SECONDS = 0.2, 3.0
+# A fit that is bounded by steps alone looks at no clock, so that it can be repeated to the last
+# bit: its start ends by itself, long before this.
+_LONGEST_START = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,30 @@ class SVIFit:
         )
 
 
+@dataclass(frozen=True)
+class _Watched(Objective):
+    """An objective whose loss is NaN where every particle failed: of nothing there is no mean."""
+
+    objective: Objective
+
+    def __call__(
+        self,
+        flow: Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Estimate:
+        estimate = self.objective(flow, joint, x, weights)
+        failed = estimate.num_failed == len(x)
+        return replace(estimate, loss=estimate.loss * math.nan) if failed else estimate
+
+
+def _explain(guide: AutoFlow, joint: LogJoint) -> str:
+    with torch.no_grad():
+        sites = failing_sites(joint, guide.get_posterior().sample())
+    return f"The log density is not finite at the sites {sites}." if sites else ""
+
+
 def fit_svi(
     model: Model,
     guide: AutoFlow | None = None,
@@ -72,6 +103,7 @@ def fit_svi(
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 500,
 ) -> SVIFit:
     r"""Fits a flow guide by maximising the ELBO.
 
@@ -81,7 +113,8 @@ def fit_svi(
     (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the sticking-the-landing gradient.
 
     Ctrl-C ends the fit and keeps the best state. A particle whose log density is not finite counts
-    for nothing in its step; a loss or gradient that is not finite skips its step.
+    for nothing in its step; a step in which all of them fail, or whose gradient is not finite, is
+    skipped. After ten such steps in a row the fit ends, with the step and the failing sites named.
 
     *Automatic Differentiation Variational Inference* (Kucukelbir, Tran, Ranganath, Gelman, Blei,
     2017); *Sticking the Landing* (Roeder, Wu, Duvenaud, 2017).
@@ -94,12 +127,14 @@ def fit_svi(
         kwargs: The model's keyword arguments.
         max_steps: The most steps; 2000 if ``max_seconds`` is not given either.
         max_seconds: The most seconds of wall clock, the start included.
-        num_particles: Draws a step; chosen by the cost of the log joint if None.
+        num_particles: Draws a step; if None 64, or, with ``max_seconds``, chosen by the cost of the
+            log joint.
         objective: What is maximised; :class:`~pyro_nf.infer.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
         checkpoint: A file to write the state to, and to go on from if it exists.
+        checkpoint_every: Steps between two writes of it.
 
     Returns:
         The fit: ``.guide``, ``.history``, ``.posterior(num_draws)``.
@@ -145,15 +180,18 @@ def fit_svi(
         )
     start = None
     if fresh and not (checkpoint is not None and os.path.exists(checkpoint)):
-        seconds = _START_SECONDS if max_seconds is None else _START_SHARE * max_seconds
-        start = laplace_start(
-            joint, guide._init_loc(), max_seconds=min(seconds, _START_SECONDS), seed=seed
-        )
+        seconds = _LONGEST_START
+        if max_seconds is not None:
+            seconds = min(_START_SHARE * max_seconds, _START_SECONDS)
+        start = laplace_start(joint, guide._init_loc(), max_seconds=seconds, seed=seed)
         guide.start_at(start)
-    pace = choose_pace(joint) if num_particles is None else Pace(num_particles)
+    pace = Pace() if num_particles is None else Pace(num_particles)
+    if num_particles is None and max_seconds is not None:
+        pace = choose_pace(joint)
+    watched = _Watched(objective or ELBO())
     history = train(
         guide._ready(),
-        posterior_stages(guide._ready(), joint, objective=objective, pace=pace),
+        posterior_stages(guide._ready(), joint, objective=watched, pace=pace),
         max_steps=max_steps,
         max_seconds=max_seconds,
         patience=patience,
@@ -161,6 +199,8 @@ def fit_svi(
         progress=progress,
         metric="-ELBO",
         checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        explain=lambda _: _explain(guide, joint),
         settings={"sites": {name: list(s.shape) for name, s in joint.sites.items()}},
     )
     return SVIFit(guide, history, joint, start)

@@ -384,11 +384,12 @@ class AutoFlow(AutoContinuous):
                     f"{tuple(store[key].shape)}, but this guide needs {tuple(tensor.shape)}: it is "
                     "of another model or flow; call pyro.clear_param_store() first."
                 )
-        pyro.module(f"{self._pyro_name}.flow", self._ready(), update_module_params=True)
         with torch.no_grad():
             for key, tensor in self._in_param_store().items():
                 if key in store:
-                    tensor.copy_(store[key])
+                    tensor.copy_(store[key])  # the values only: two guides share no tensor
+        self._register()
+        pyro.module(f"{self._pyro_name}.flow", self._ready())
 
     def _register(self) -> None:
         """Makes the store hold this guide's tensors, not those of another guide of its name."""

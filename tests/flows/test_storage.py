@@ -71,7 +71,7 @@ def test_a_flow_of_no_recipe_needs_into(path: Path) -> None:
 
     flow = randomize(build())
     flow.save(path)
-    with pytest.raises(ValueError, match="no recipe built.*into=flow"):
+    with pytest.raises(ValueError, match=r"no recipe built.*into=flow"):
         Flow.load(path)
     into = build()
     assert Flow.load(path, into=into) is into
@@ -85,7 +85,7 @@ def test_another_architecture_leaves_the_target_alone(path: Path) -> None:
     before = {name: value.clone() for name, value in into.state_dict().items()}
     with pytest.raises(ValueError, match=r"another architecture.*shape \(8, .*wanted \(9, "):
         Flow.load(path, into=into)
-    with pytest.raises(ValueError, match="another architecture.*is missing"):
+    with pytest.raises(ValueError, match=r"another architecture.*is missing"):
         Flow.load(path, into=flows.realnvp(3, hidden_dims=(8,), count_layers=9))
     assert all(torch.equal(before[name], value) for name, value in into.state_dict().items())
 

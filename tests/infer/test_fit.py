@@ -1,0 +1,300 @@
+"""fit_svi: stops, keeps the best, goes on from a checkpoint, and leaves the world as it was."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_nf import AutoFlow, fit_svi, flows
+from pyro_nf.infer.objectives import ELBO, Reparameterised
+from pyro_nf.testing import randomize
+
+Y = torch.tensor([1.0, 2.5, 0.3])
+
+
+def conjugate(y: Tensor = Y) -> None:
+    """mu ~ N(0, 2), y_i ~ N(mu, 1)."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=y.dtype), 2.0))
+    pyro.sample("y", dist.Normal(mu.unsqueeze(-1), 1.0).to_event(1), obs=y)
+
+
+def skewed() -> None:
+    tau = pyro.sample("tau", dist.Gamma(torch.tensor(2.0), 1.0))
+    pyro.sample("x", dist.Normal(torch.tensor(0.0), tau))
+
+
+def small(dim: int) -> flows.Flow:
+    return flows.iaf(dim, count_layers=2, hidden_dims=(8,))
+
+
+def fit(model=skewed, **options):
+    settings = {"max_steps": 60, "progress": False, "num_particles": 16} | options
+    guide = settings.pop("guide", None) or AutoFlow(model, small)
+    return fit_svi(model, guide, **settings)
+
+
+def state(guide: AutoFlow) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in guide.flow.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_result() -> None:
+    result = fit(max_steps=120)
+    history = result.history
+    assert history.stopped == "max_steps"
+    assert len(history.losses) == len(history.learning_rates) == len(history.seconds) == 120
+    assert np.mean(history.losses[-20:]) < np.mean(history.losses[:20]) + 0.05
+    assert history.best_value == min(history.checked_values)
+    assert isinstance(result.guide, AutoFlow)
+    assert result.start is not None
+    assert len(result.posterior(300)) == 300
+
+
+def test_against_the_exact_posterior() -> None:
+    posterior = fit(conjugate, max_steps=100).posterior(4000)
+    precision = 1 / 4 + 3
+    row = posterior.summary()["mu"]
+    assert row.mean == pytest.approx(float(Y.sum()) / precision, abs=0.05)
+    assert row.sd == pytest.approx(precision**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_same_seed_gives_the_same_fit(seed: int) -> None:
+    torch.manual_seed(11)
+    first = fit(seed=seed)
+    torch.manual_seed(22)
+    second = fit(seed=seed)
+    assert same(state(first.guide), state(second.guide))
+    assert first.history.losses == second.history.losses
+    assert not same(state(first.guide), state(fit(seed=seed + 1).guide))
+    assert torch.equal(first.posterior(10).z, second.posterior(10).z)
+
+
+def test_the_global_generators_are_untouched() -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    wanted = torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    result = fit(max_steps=5)
+    result.posterior(10).predictive()
+    result.posterior(10).resample(5)
+    result.guide.median()
+    assert torch.equal(torch.rand(3), wanted[0])
+    assert (random.random(), np.random.rand()) == wanted[1:]  # noqa: NPY002
+
+
+def test_a_bar_with_the_elbo(capfd: pytest.CaptureFixture[str]) -> None:
+    fit(progress=False)
+    assert capfd.readouterr().err == ""
+    fit(progress=True)
+    shown = capfd.readouterr().err
+    assert "-ELBO" in shown and "60/60" in shown
+
+
+def test_patience_stops_early() -> None:
+    noisy = ELBO(Reparameterised())
+    result = fit(conjugate, max_steps=5000, patience=100, num_particles=4, objective=noisy)
+    assert result.history.stopped == "patience"
+    assert result.history.steps < 5000
+    assert result.history.steps >= result.history.best_step + 100
+
+
+def test_seconds_stop() -> None:
+    result = fit(max_steps=None, max_seconds=0.5)
+    assert result.history.stopped == "max_seconds"
+    assert result.history.seconds[-1] < 3.0
+
+
+class Interrupt(ELBO):
+    """Raises after so many steps; the state of every step before is remembered."""
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        super().__init__()
+        object.__setattr__(self, "after", after)
+        object.__setattr__(self, "error", error)
+        object.__setattr__(self, "calls", 0)
+
+    def __call__(self, *args, **kwargs):
+        object.__setattr__(self, "calls", self.calls + 1)
+        if self.calls > self.after:
+            raise self.error
+        return super().__call__(*args, **kwargs)
+
+
+def test_ctrl_c_keeps_the_best_state() -> None:
+    result = fit(max_steps=500, objective=Interrupt(120, KeyboardInterrupt()))
+    assert result.history.stopped == "interrupted"
+    assert result.history.steps == 120
+    assert len(result.posterior(50)) == 50
+
+
+def test_ctrl_c_in_the_model() -> None:
+    calls = 0
+
+    def model() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 400:
+            raise KeyboardInterrupt
+        pyro.sample("x", dist.Normal(torch.tensor(3.0), 1.0))
+
+    result = fit(model, max_steps=5000)
+    assert result.history.stopped == "interrupted"
+    assert 0 < result.history.steps < 5000
+    assert abs(float(result.guide.median()["x"]) - 3) < 0.5
+
+
+def test_the_best_state_is_kept_when_the_fit_ends_badly() -> None:
+    guide = AutoFlow(skewed, small)
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(guide=guide, max_steps=500, objective=Interrupt(120, RuntimeError("boom")))
+    reference = fit(max_steps=500, objective=Interrupt(120, KeyboardInterrupt()))
+    if reference.history.best_step <= 100:  # the interrupted one looks once more, at step 120
+        assert same(state(guide), state(reference.guide))
+    assert torch.isfinite(guide.median()["tau"])
+
+
+@pytest.mark.parametrize("first", [50, 73])
+def test_resuming_equals_an_uninterrupted_fit(first: int, tmp_path: Path) -> None:
+    whole = fit(max_steps=150)
+    path = tmp_path / "fit"
+    interrupt = Interrupt(first, KeyboardInterrupt())
+    stopped = fit(max_steps=150, checkpoint=path, checkpoint_every=50, objective=interrupt)
+    assert stopped.history.steps == first
+    torch.manual_seed(99)
+    pyro.clear_param_store()
+    resumed = fit(max_steps=150, checkpoint=path)
+    assert resumed.start is None
+    assert resumed.history.losses == whole.history.losses
+    assert resumed.history.checked_values == whole.history.checked_values
+    assert same(state(resumed.guide), state(whole.guide))
+
+
+def test_a_finished_checkpoint_is_the_fit(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    whole = fit(checkpoint=path, max_steps=100)
+    again = fit(checkpoint=path, max_steps=100)
+    assert again.history.losses == whole.history.losses
+    assert same(state(again.guide), state(whole.guide))
+
+
+def test_bad_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    fit(checkpoint=path, max_steps=50)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another architecture|other settings"):
+        fit(conjugate, checkpoint=path)
+    with pytest.raises(ValueError, match="another architecture"):
+        fit(guide=AutoFlow(skewed, lambda d: flows.iaf(d, hidden_dims=(9,))), checkpoint=path)
+    with pytest.raises(ValueError, match="seed"):
+        fit(seed=1, checkpoint=path)
+    assert path.read_bytes() == content  # nothing lost
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        fit(checkpoint=path)
+    with pytest.raises(OSError, match="cannot write"):
+        fit(checkpoint=path / "in a file")
+    flows.realnvp(2).save(path)
+    with pytest.raises(ValueError, match="holds a flow"):
+        fit(checkpoint=path)
+
+
+def test_a_fit_goes_on() -> None:
+    guide = AutoFlow(conjugate, small)
+    first = fit(conjugate, guide=guide)
+    before = guide.coordinates.loc.clone()
+    second = fit(conjugate, guide=guide)
+    assert second.guide is guide and second.start is None
+    assert torch.equal(guide.coordinates.loc, before)  # no new start
+    assert second.posterior(500).elbo > first.posterior(500).elbo - 0.05
+
+
+def test_a_density_that_fails_in_places() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.5), 1.0))
+        pyro.factor("half", torch.where(x > 0, 0.0, torch.nan))
+
+    result = fit(model, max_steps=100)
+    assert all(math.isfinite(loss) for loss in result.history.losses)
+    assert torch.isfinite(result.guide.median()["x"])
+
+
+def test_a_density_that_fails_everywhere() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.5), 1.0))
+        pyro.factor("broken", x * torch.nan)
+
+    with pytest.raises(ValueError, match=r"not finite|invalid values"):
+        fit(model)
+
+
+def test_nan_in_the_data_is_named() -> None:
+    with pytest.raises(ValueError, match=r"site 'y'|\"y\"|not finite"):
+        fit(conjugate, args=(torch.tensor([1.0, math.nan]),))
+
+
+def test_a_density_that_fails_later_names_step_and_site() -> None:
+    broken, calls = False, 0
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.5), 1.0))
+        pyro.sample("y", dist.Normal(x * (math.nan if broken else 1.0), 1.0), obs=torch.tensor(1.0))
+
+    class Break(ELBO):
+        def __call__(self, *args, **kwargs):
+            nonlocal broken, calls
+            calls += 1
+            broken = calls > 70
+            return super().__call__(*args, **kwargs)
+
+    guide = AutoFlow(model, small)
+    with pytest.raises(ValueError, match=r"not finite at step 7\d") as error:
+        fit(model, guide=guide, max_steps=300, objective=Break())
+    assert "'y'" in str(error.value)
+    assert torch.isfinite(guide.median()["x"])
+
+
+def test_float64_and_arguments() -> None:
+    result = fit(conjugate, args=(Y.double(),), max_steps=5)
+    assert result.posterior(10).z.dtype == torch.float64
+    result = fit(conjugate, kwargs={"y": Y.double()}, max_steps=5)
+    assert result.posterior(10).samples["mu"].dtype == torch.float64
+
+
+def test_objectives_and_given_guides() -> None:
+    guide = AutoFlow(skewed, small).setup()
+    randomize(guide.flow, 0.01)
+    result = fit(guide=guide, objective=ELBO(Reparameterised()), num_particles=8)
+    assert result.guide is guide
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="guide must be an AutoFlow"):
+        fit(guide=pyro.infer.autoguide.AutoNormal(skewed))
+    with pytest.raises(ValueError, match="num_particles"):
+        fit(num_particles=0)
+    with pytest.raises(ValueError, match="max_steps"):
+        fit(max_steps=0)
+    with pytest.raises(ValueError, match="max_seconds"):
+        fit(max_seconds=-1.0)
+    with pytest.raises((ValueError, RuntimeError), match=r"no .*latent"):
+        fit(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)))
+
+    def learnable() -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ValueError, match="learnable parameters"):
+        fit(learnable)
