@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from pyro_nf._checks import check_count, check_dims
 # A triangular product is cut into at most MAX_STRIPS strips, none thinner than MIN_STRIP rows: more
 # strips skip more of the half that is zero, thinner ones cost more in calls than they save.
 MAX_STRIPS = 8
-MIN_STRIP = 64
+MIN_STRIP = 32
 
 
 class MaskedNet(nn.Module):
@@ -46,7 +46,8 @@ class MaskedNet(nn.Module):
         num_params: How many parameters each of them gets, ``P``.
         context_dim: Width of the context, 0 for none.
         hidden_dims: Widths of the ``L`` hidden layers; with none :math:`\theta` is linear in ``x``.
-        activation: Makes :math:`\sigma`, which must act on each number alone.
+        activation: Makes :math:`\sigma`, which must act on each number alone. If it can be made to
+            overwrite its input (``inplace``), it is, where no skip forbids it.
         residual: Whether hidden layers of equal width are joined by a skip.
 
     Attributes:
@@ -98,28 +99,47 @@ class MaskedNet(nn.Module):
             self.skips.append(False)
         self.groups = [units.bincount(minlength=input_dim).tolist() for units in degrees]
         self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
-        self.activation = activation()
+        self.activation = activation() if any(self.skips) else _in_place(activation())
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
         if self.context is not None and not hidden_dims:
             nn.init.zeros_(self.context.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # Fresh memory costs more than an activation, so where no skip needs the sums, none are kept.
-        activation = self.activation if any(self.skips) else in_place(self.activation)
-        for s in propagate(self.start(x, context), self.layers[1:], self.skips, activation):
-            theta = s
-        return theta.unflatten(-1, (self.input_dim, self.num_params))
+        if context is not None:
+            batch_shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+            x = x.expand(*batch_shape, self.input_dim)
+        for s in self._propagate(x, context, self.activation):
+            theta = s  # keep none but the last: memory is dearer than an activation
+        return theta.T.reshape(*x.shape, self.num_params)
 
     def sums(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
-        r"""Returns :math:`s_1, \dots, s_{L+1}`; the last is the output, ``(..., D * P)``."""
-        start = self.start(x, context)
-        return list(propagate(start, self.layers[1:], self.skips, self.activation))
+        r"""Returns :math:`s_1, \dots, s_{L+1}`, features first: each of shape ``(width, N)``.
 
-    def start(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Returns :math:`s_1`."""
-        s: Tensor = self.layers[0](x)
-        return s if self.context is None else s + self.context(context)
+        Args:
+            x: Shape ``(..., D)``, a batch of ``N``.
+            context: Shape ``(..., C)``, whose batch broadcasts to that of ``x``.
+        """
+        return list(self._propagate(x, context, lambda s: self.activation(s.clone())))
+
+    def _propagate(
+        self, x: Tensor, context: Tensor | None, activation: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        start = self.layers[0](features_first(x), self.offset(x.shape[:-1], context))
+        return propagate(start, self.layers[1:], self.skips, activation)
+
+    def offset(self, batch_shape: Sequence[int], context: Tensor | None) -> Tensor:
+        """Returns :math:`V c + b_1`, of shape ``(width, N)``, or ``(width, 1)`` without context."""
+        bias = cast(MaskedLinear, self.layers[0]).bias
+        if self.context is None:
+            return bias.unsqueeze(-1)
+        offset = self.context(context) + bias
+        return offset.expand(*batch_shape, -1).reshape(-1, len(bias)).T
+
+
+def features_first(t: Tensor) -> Tensor:
+    """Turns ``(..., features)`` into ``(features, N)``, which wastes less memory and time."""
+    return t.reshape(-1, t.shape[-1]).T.contiguous()
 
 
 def propagate(
@@ -135,12 +155,11 @@ def propagate(
         yield s
 
 
-def in_place(activation: nn.Module) -> nn.Module:
-    """The activation in the memory of its input, if it can be."""
-    if "inplace" not in vars(activation):
-        return activation
-    activation = copy(activation)
-    vars(activation)["inplace"] = True
+def _in_place(activation: nn.Module) -> nn.Module:
+    """Makes the activation overwrite its input, if it can."""
+    if "inplace" in vars(activation):
+        activation = copy(activation)
+        vars(activation)["inplace"] = True
     return activation
 
 
@@ -154,6 +173,8 @@ def _spread(width: int, lowest: int, highest: int) -> Tensor:
 
 class MaskedLinear(nn.Module):
     r"""A linear layer between sorted units that sees lower degrees only, :math:`y = W a + b`.
+
+    Features come first: ``a`` is ``(in_features, N)``, ``y`` is ``(out_features, N)``.
 
     Args:
         in_degrees: Sorted degrees of the inputs.
@@ -181,14 +202,13 @@ class MaskedLinear(nn.Module):
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         self.strips = _cut(seen, len(in_degrees))
 
-    def masked_weight(self) -> Tensor:
-        """Returns the block lower triangular ``W``."""
-        return self.weight * self.mask
-
-    def forward(self, a: Tensor) -> Tensor:
+    def forward(self, a: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Returns ``y``; an ``offset`` of ``(out_features, N or 1)`` replaces the bias."""
+        b = self.bias.unsqueeze(-1) if offset is None else offset
+        weight = self.weight * self.mask
         if self.strips is None:
-            return F.linear(a, self.masked_weight(), self.bias)
-        return _TriangularLinear.apply(a, self.masked_weight(), self.bias, *self.strips)
+            return torch.addmm(b, weight, a)
+        return _TriangularProduct.apply(b, weight, a, *self.strips)
 
 
 #: Entries (start, stop, reach): rows start to stop see the columns before ``reach``, or columns
@@ -199,7 +219,7 @@ _Strips = list[tuple[int, int, int]]
 def _cut(seen: Tensor, in_features: int) -> tuple[_Strips, _Strips] | None:
     """Cuts a weight whose row ``r`` sees ``seen[r]`` columns into strips of rows and of columns."""
     count = min(MAX_STRIPS, len(seen) // MIN_STRIP, in_features // MIN_STRIP)
-    if count < 2:
+    if count < 3:  # too few to pay
         return None
     row_ends = [len(seen) * i // count for i in range(count + 1)]
     column_ends = [in_features * i // count for i in range(count + 1)]
@@ -208,42 +228,42 @@ def _cut(seen: Tensor, in_features: int) -> tuple[_Strips, _Strips] | None:
     return rows, columns
 
 
-class _TriangularLinear(torch.autograd.Function):
-    """``F.linear`` for a lower triangular weight, in strips that leave out most of the zeros."""
+class _TriangularProduct(torch.autograd.Function):
+    """``addmm`` with a lower triangular weight, in strips that leave out most of the zeros."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, weight: Tensor, bias: Tensor, rows: _Strips, columns: _Strips) -> Tensor:
+    def forward(b: Tensor, weight: Tensor, a: Tensor, rows: _Strips, columns: _Strips) -> Tensor:
         strips = [
-            F.linear(a[..., :reach], weight[start:stop, :reach], bias[start:stop])
+            torch.addmm(b[start:stop], weight[start:stop, :reach], a[:reach])
             for start, stop, reach in rows
         ]
-        return torch.cat(strips, -1)
+        return torch.cat(strips)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, weight, _, ctx.rows, ctx.columns = inputs
-        ctx.save_for_backward(a, weight)
+        b, weight, a, ctx.rows, ctx.columns = inputs
+        ctx.is_bias = b.shape[-1] == 1
+        ctx.save_for_backward(weight, a)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, weight = ctx.saved_tensors
-        need_a, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_a = grad_weight = grad_bias = None
-        if need_a:
-            strips = [
-                grad[..., reach:] @ weight[reach:, start:stop] for start, stop, reach in ctx.columns
-            ]
-            grad_a = torch.cat(strips, -1)
-        grad, a = grad.reshape(-1, grad.shape[-1]), a.reshape(-1, a.shape[-1])
+        weight, a = ctx.saved_tensors
+        need_b, need_weight, need_a = ctx.needs_input_grad[:3]
+        grad_b = grad_weight = grad_a = None
+        if need_b:
+            grad_b = grad.sum(-1, keepdim=True) if ctx.is_bias else grad
         if need_weight:
             width = weight.shape[-1]
             strips = [
-                F.pad(grad[:, start:stop].T @ a[:, :reach], (0, width - reach))
+                F.pad(grad[start:stop] @ a[:reach].T, (0, width - reach))
                 for start, stop, reach in ctx.rows
             ]
             grad_weight = torch.cat(strips)
-        if need_bias:
-            grad_bias = grad.sum(0)
-        return grad_a, grad_weight, grad_bias, None, None
+        if need_a:
+            strips = [
+                weight[reach:, start:stop].T @ grad[reach:] for start, stop, reach in ctx.columns
+            ]
+            grad_a = torch.cat(strips)
+        return grad_b, grad_weight, grad_a, None, None

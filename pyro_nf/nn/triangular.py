@@ -47,9 +47,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from pyro_nf.nn.masked import MaskedLinear, MaskedNet, in_place, propagate
+from pyro_nf.nn.masked import MaskedLinear, MaskedNet, features_first, propagate
 
 # Below this many groups halving costs more in calls than it saves in products.
 LEAF = 8
@@ -94,30 +93,24 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
     layers = cast(Sequence[MaskedLinear], net.layers)
     plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    # What the first sums hold before any z is known.
-    start = biases[0] if net.context is None else biases[0] + net.context(context)
-    start = start.expand(*v.shape[:-1], -1)
+    offset, columns = net.offset(v.shape[:-1], context), features_first(v)
     with torch.no_grad():
-        z, ladj = _Solve.apply(plan, _rows(v), _rows(start), *weights, *biases[1:])
-        z, ladj = z.reshape(v.shape), ladj.reshape(v.shape[:-1])
+        start = offset.expand(-1, columns.shape[-1])
+        z, ladj = _Solve.apply(plan, columns, start, *weights, *biases[1:])
+        z, ladj = z.T.reshape(v.shape), ladj.reshape(v.shape[:-1])
     if not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (v, start, *weights, *biases))
+        torch.is_grad_enabled() and any(t.requires_grad for t in (v, offset, *weights, *biases))
     ):
         return z, ladj
-    sums = net.sums(z, context)
-    theta = _with_implicit_gradient(plan, _rows(v), [_rows(s) for s in sums], weights)
-    z, ladj = g(v, theta.reshape(*v.shape, net.num_params))
+    theta = _with_implicit_gradient(plan, columns, net.sums(z, context), weights)
+    z, ladj = g(v, theta.T.reshape(*v.shape, net.num_params))
     return z, ladj.sum(-1)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
 
 
 class Link(NamedTuple):
     """One link of a ring: its sums collect ``weight`` times the values of the link before.
 
-    Features come first, ``(features, N)``, so that the entries of a group are neighbours in memory.
+    As everywhere below, features come first, ``(features, N)``: a group is one piece of memory.
 
     Attributes:
         weight: Block lower triangular where ``mask`` is 1; the rest is not looked at.
@@ -191,19 +184,19 @@ class _Plan(NamedTuple):
 
 
 class _Solve(torch.autograd.Function):
-    """``z`` and the ladj, of rows of ``v`` and of the first sums without ``z``."""
+    """``z`` and the ladj, of ``v`` and of the first sums as they are before any ``z`` is known."""
 
     @staticmethod
     def forward(
         plan: _Plan, v: Tensor, start: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         count = len(plan.masks)
-        weights, biases = parameters[:count], parameters[count:]
+        weights, biases = parameters[:count], [b.unsqueeze(-1) for b in parameters[count:]]
+        few = v.shape[-1] <= FEW_ROWS
         with torch.inference_mode():  # makes all the small calls some 10 % cheaper
-            found = _by_passes(plan, v, start, weights, biases) if len(v) <= FEW_ROWS else None
+            found = _by_passes(plan, v, start, weights, biases) if few else None
             z, ladj = found or _by_substitution(plan, v, start, weights, biases)
-        # Copies made out here are ordinary tensors again.
-        return z.clone(memory_format=torch.contiguous_format), ladj.clone()
+        return z.clone(), ladj.clone()  # copies made out here are ordinary tensors again
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -221,18 +214,16 @@ def _by_passes(
 
     Each pass settles at least one more coordinate, and mostly many more.
     """
-    input_dim = v.shape[-1]
     groups_per_pass = 1 + sum(w.numel() for w in weights) / WEIGHTS_PER_GROUP
-    weights = [weight * mask for weight, mask in zip(weights, plan.masks, strict=True)]
-    layers = [partial(F.linear, weight=w, bias=b) for w, b in zip(weights[1:], biases, strict=True)]
+    first, *rest = (weight * mask for weight, mask in zip(weights, plan.masks, strict=True))
+    layers = [partial(torch.addmm, b, weight) for b, weight in zip(biases, rest, strict=True)]
     z = v
-    for _ in range(int(input_dim / groups_per_pass / 2)):
-        s = start + F.linear(z, weights[0])
-        *_, theta = propagate(s, layers, plan.skips, plan.activation)
-        image, ladj = plan.g(v, theta.unflatten(-1, (input_dim, -1)))
-        if torch.equal(image, z):
-            return image, ladj.sum(-1)
-        z = image
+    for _ in range(int(len(v) / groups_per_pass / 2)):
+        *_, theta = propagate(torch.addmm(start, first, z), layers, plan.skips, plan.activation)
+        image, ladj = plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))
+        if torch.equal(image.T, z):
+            return z, ladj.sum(-1)
+        z = image.T
     return None
 
 
@@ -242,20 +233,20 @@ def _by_substitution(
     r"""The ring :math:`z \to s_1 \to \dots \to s_L \to \theta \to z`."""
     ends = [[0, *accumulate(sizes)] for sizes in plan.groups]
     # Fresh memory is dear, so values take the place of what they are computed from.
-    z = v.T.clone(memory_format=torch.contiguous_format)
-    v_of, ladj = z.unbind(), v.new_zeros(len(v))
-    sums = [start.T.clone(memory_format=torch.contiguous_format)]
-    sums += [bias.unsqueeze(-1).repeat(1, len(v)) for bias in biases]
-    values, activation = sums[:-1], in_place(plan.activation)
+    z, ladj = v.clone(), v.new_zeros(v.shape[-1])
+    v_of = z.unbind()
+    sums = [start.clone(memory_format=torch.contiguous_format)]
+    sums += [bias.repeat(1, v.shape[-1]) for bias in biases]
+    values = sums[:-1]
     if any(plan.skips):  # which need the sums when the values are there
-        values, activation = [torch.zeros_like(s) for s in values], plan.activation
+        values = [torch.zeros_like(s) for s in values]
     s = z  # the sums of the layer before
 
     def unit(skip: bool) -> Callable[[int, Tensor], Tensor]:
         def point(i: int, sums: Tensor) -> Tensor:
             nonlocal s
             s = sums.add_(s) if skip else sums
-            return activation(s)
+            return plan.activation.forward(s)
 
         return point
 
@@ -273,23 +264,23 @@ def _by_substitution(
     ]
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, ends[-1], ends[0], output))
     substitute(ring, 0, len(z))
-    return z.T, ladj
+    return z, ladj
 
 
 def _with_implicit_gradient(
     plan: _Plan, v: Tensor, sums: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> Tensor:
     r"""Returns :math:`\theta`, the last of the sums at the solution, with its whole gradient."""
-    *hidden, theta = sums
-    theta = theta.unflatten(-1, (v.shape[-1], -1))
 
-    def pointwise(v: Tensor, theta: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-        return plan.g(v, theta)[0], *(plan.activation(s) for s in hidden)
+    def pointwise(v: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
+        *hidden, theta = sums
+        z, _ = plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))
+        return *(plan.activation(s.clone()) for s in hidden), z.T
 
     # The type of vjp cannot say that without an auxiliary output it returns a pair.
-    images, pull = torch.func.vjp(pointwise, *(t.detach() for t in (v, theta, *hidden)))  # type: ignore[misc]
+    images, pull = torch.func.vjp(pointwise, *(t.detach() for t in (v, *sums)))  # type: ignore[misc]
     slopes = pull(tuple(torch.ones_like(image) for image in images))
-    return _ImplicitGradient.apply(plan, v, theta, *slopes, *(w.detach() for w in weights))
+    return _ImplicitGradient.apply(plan, v, sums[-1], *slopes, *(w.detach() for w in weights))
 
 
 class _ImplicitGradient(torch.autograd.Function):
@@ -314,17 +305,16 @@ class _ImplicitGradient(torch.autograd.Function):
 
 
 class _SolveTransposed(torch.autograd.Function):
-    r""":math:`\bar v` and :math:`\bar\theta`, of rows of :math:`\tau` and of the slopes."""
+    r""":math:`\bar v` and :math:`\bar\theta`, of :math:`\tau` and of the slopes at the solution."""
 
     @staticmethod
     def forward(plan: _Plan, tau: Tensor, *slopes_and_weights: Tensor) -> tuple[Tensor, Tensor]:
         count = len(plan.masks)
         slope_v, *slopes = slopes_and_weights[:-count]
+        weights = slopes_and_weights[-count:]
         with torch.inference_mode():
-            mu, theta_bar = _by_transposed_substitution(
-                plan, tau, slopes, slopes_and_weights[-count:]
-            )
-        return slope_v * mu, theta_bar.clone().reshape(tau.shape)
+            mu, theta_bar = _by_transposed_substitution(plan, tau, slopes, weights)
+        return slope_v * mu, theta_bar.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -354,14 +344,15 @@ def _by_transposed_substitution(
     ]
 
     def turned(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        return t.flatten(1).T.flip(0).contiguous().split(sizes)
+        return t.flip(0).contiguous().split(sizes)
 
-    tau_of, slope_theta = turned(tau, groups[-1]), turned(slopes[0], groups[-1])
+    *slopes, slope_theta = slopes
+    tau_of, theta_slope_of = turned(tau, groups[-1]), turned(slope_theta, groups[-1])
     s_bar = tau
 
     def parameters(i: int, mu: Tensor) -> Tensor:
         nonlocal s_bar
-        s_bar = torch.addcmul(tau_of[i], slope_theta[i], mu)
+        s_bar = torch.addcmul(tau_of[i], theta_slope_of[i], mu)
         return s_bar
 
     def unit(slope: tuple[Tensor, ...], skip: bool) -> Callable[[int, Tensor], Tensor]:
@@ -372,15 +363,15 @@ def _by_transposed_substitution(
 
         return point
 
-    mu = tau.new_zeros(ends[0][-1], len(tau))
-    theta_bar = tau.new_zeros(ends[-1][-1], len(tau))
+    mu = tau.new_zeros(ends[0][-1], tau.shape[-1])
+    theta_bar = tau.new_zeros(tau.shape)
     ring = [Link(*transposed[0], mu, theta_bar, ends[0], ends[-1], parameters)]
     for k in reversed(range(1, len(weights))):
-        sums = tau.new_zeros(ends[k][-1], len(tau))
-        point = unit(turned(slopes[k], groups[k]), plan.skips[k - 1])
+        sums = tau.new_zeros(ends[k][-1], tau.shape[-1])
+        point = unit(turned(slopes[k - 1], groups[k]), plan.skips[k - 1])
         ring.append(Link(*transposed[k], sums, sums, ends[k], ends[k], point))
     substitute(ring, 0, len(mu))
-    return mu.flip(0).T, theta_bar.flip(0).T
+    return mu.flip(0), theta_bar.flip(0)
 
 
 def _fold_vmap(
@@ -391,16 +382,17 @@ def _fold_vmap(
     tensors: Sequence[Tensor],
     count_unmapped: int,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Applies ``function`` to the mapped dimension as more rows; its last tensors have no rows."""
+    """Applies ``function`` to the mapped dimension as more of the batch, the last dimension."""
     dims, count = in_dims[1:], len(tensors) - count_unmapped
     if any(dim is not None for dim in dims[count:]):
         raise NotImplementedError(
             "The slow direction of an autoregressive transform cannot be vmapped over its weights; "
             "loop over the networks, or vmap over inputs and contexts only."
         )
-    rows = [
-        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    folded = [
+        t.unsqueeze(-2).expand(*t.shape[:-1], size, -1) if dim is None else t.movedim(dim, -2)
         for t, dim in zip(tensors[:count], dims, strict=False)
     ]
-    outputs = function.apply(plan, *(t.flatten(0, 1) for t in rows), *tensors[count:])
-    return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
+    outputs = function.apply(plan, *(t.flatten(-2) for t in folded), *tensors[count:])
+    outputs = tuple(t.unflatten(-1, (size, -1)) for t in outputs)
+    return outputs, tuple(t.dim() - 2 for t in outputs)

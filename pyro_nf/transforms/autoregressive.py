@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.nn.masked import MaskedNet
+from pyro_nf.nn.masked import MaskedNet, features_first
 from pyro_nf.nn.triangular import Map, solve
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Affine
@@ -99,10 +99,13 @@ class Autoregressive(FlowTransform):
         )
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._map(self.univariate.forward_and_ladj, self.fast == "forward", x, context)
+        one_pass = self.fast == "forward"
+        y, ladj = self._map(self.univariate.forward_and_ladj, one_pass, x, context)
+        return y.contiguous(), ladj  # draws are for the user, who may call y.view
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._map(self.univariate.inverse_and_ladj, self.fast == "inverse", y, context)
+        one_pass = self.fast == "inverse"
+        return self._map(self.univariate.inverse_and_ladj, one_pass, y, context)
 
     def _map(
         self, direction: Map, one_pass: bool, value: Tensor, context: Tensor | None
@@ -110,6 +113,7 @@ class Autoregressive(FlowTransform):
         v = value if self.order is None else value.index_select(-1, self.order)
         v = v.flip(-1) if self.reverse else v
         if one_pass:
+            v = features_first(v).T.reshape(v.shape)  # as the parameters lie in memory
             z, ladj = direction(v, self.net(v, context))
             ladj = ladj.sum(-1)
         else:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pyro_nf.nn import masked
 from pyro_nf.nn.masked import MaskedLinear, MaskedNet
@@ -49,6 +48,22 @@ def test_every_parameter_sees_the_context(input_dim, hidden_dims):
     assert jacobian(lambda c: net(x, c), context).ne(0).all()
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.GELU])
+def test_overwriting_activations_change_nothing(activation):
+    net = random_net(5, 2, 3, hidden_dims=(16, 16), activation=activation)
+    x, context = torch.randn(7, 5).double(), torch.randn(7, 3).double()
+
+    def with_gradient():
+        theta = net(x, context)
+        return theta, *torch.autograd.grad(theta.square().sum(), list(net.parameters()))
+
+    overwriting = with_gradient()
+    torch.testing.assert_close(net.sums(x, context)[-1].T.reshape(7, 5, 2), overwriting[0])
+    net.activation = activation()
+    for one, other in zip(with_gradient(), overwriting, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_narrow_layers_still_reach_the_ends():
     net = random_net(50, 1, hidden_dims=(4,), activation=nn.Tanh)
     dependence = jacobian(net, torch.randn(50).double()).squeeze(1)
@@ -71,7 +86,7 @@ def test_units_start_alike_however_many_inputs_they_see():
     net = MaskedNet(64, 1, hidden_dims=(630, 630))
     first, second, _ = net.sums(torch.randn(500, 64))
     for s in (first, second):
-        spread = s.std(0)
+        spread = s.std(1)
         few, many = spread[:100].mean(), spread[-100:].mean()
         assert 0.6 < few / many < 1.7
 
@@ -102,19 +117,37 @@ def wide_layer():
     return layer
 
 
-@pytest.mark.parametrize("batch_shape", [(), (7,), (2, 3), (0,)])
-def test_strips_leave_out_zeros_only(batch_shape):
-    layer, a = wide_layer(), torch.randn(*batch_shape, 256, dtype=torch.double, requires_grad=True)
-    inputs = (a, layer.weight, layer.bias)
-    ours, dense = layer(a), F.linear(a, layer.masked_weight(), layer.bias)
-    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-12)
-    weighting = torch.randn_like(dense)
+def dense(layer, a, offset):
+    return (layer.weight * layer.mask) @ a + offset
+
+
+@pytest.mark.parametrize("offset_width", [None, 1, 7])
+def test_strips_leave_out_zeros_only(offset_width):
+    layer = wide_layer()
+    a = torch.randn(256, 7, dtype=torch.double, requires_grad=True)
+    inputs, offset = [a, layer.weight], None
+    if offset_width is None:
+        expected = dense(layer, a, layer.bias.unsqueeze(-1))
+        inputs.append(layer.bias)
+    else:
+        offset = torch.randn(512, offset_width, dtype=torch.double, requires_grad=True)
+        expected = dense(layer, a, offset)
+        inputs.append(offset)
+    found = layer(a, offset)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weighting = torch.randn_like(expected)
     for one, other in zip(
-        torch.autograd.grad(ours, inputs, weighting),
-        torch.autograd.grad(dense, inputs, weighting),
+        torch.autograd.grad(found, inputs, weighting),
+        torch.autograd.grad(expected, inputs, weighting),
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_strips_of_an_empty_batch():
+    layer, a = wide_layer(), torch.randn(256, 0, dtype=torch.double, requires_grad=True)
+    layer(a).sum().backward()
+    assert layer.weight.grad.eq(0).all()
 
 
 def test_strips_differentiate_twice(monkeypatch):
@@ -122,7 +155,7 @@ def test_strips_differentiate_twice(monkeypatch):
     degrees = torch.arange(8)
     layer = MaskedLinear(degrees, degrees, strict=True).double()
     assert layer.strips is not None
-    a = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    a = torch.randn(8, 3, dtype=torch.double, requires_grad=True)
     torch.autograd.gradcheck(layer, (a,))
     torch.autograd.gradgradcheck(layer, (a,))
 
@@ -130,18 +163,20 @@ def test_strips_differentiate_twice(monkeypatch):
 # torch.compile itself instantiates the autograd.Function that it meets.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_strips_under_compile():
-    layer, a = wide_layer(), torch.randn(5, 256).double()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(a), layer(a))
+    net = random_net(128, 2, hidden_dims=(128, 128), scale=0.1)
+    assert all(layer.strips for layer in net.layers)
+    x = torch.randn(5, 128).double()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), net(x))
 
 
 def test_strips_under_vmap():
-    layer, a = wide_layer(), torch.randn(5, 256).double()
-    expected = layer(a)
-    torch.testing.assert_close(torch.func.vmap(layer)(a), expected)
-    per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))(a)
-    expected_rows = 2 * expected @ layer.masked_weight()
-    torch.testing.assert_close(per_row, expected_rows)
+    net = random_net(128, 1, hidden_dims=(128, 128), scale=0.1, activation=nn.Tanh)
+    x = torch.randn(5, 128).double().requires_grad_()
+    torch.testing.assert_close(torch.func.vmap(net)(x), net(x))
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    per_row = torch.func.vmap(torch.func.grad(lambda row: net(row).square().sum()))(x.detach())
+    torch.testing.assert_close(per_row, expected)
 
 
 @pytest.mark.parametrize(

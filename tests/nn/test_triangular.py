@@ -83,14 +83,13 @@ def test_batch_shapes_and_memory(batch_shape):
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU, nn.ELU])
 @pytest.mark.parametrize("residual", [False, True])
-def test_activations_stay_what_they_are(activation, residual):
+def test_activations(activation, residual):
     net = random_net(20, 2, hidden_dims=(24, 24), activation=activation, residual=residual)
     v = torch.randn(50, 20).double()
     with torch.no_grad():
         expected, _ = plain(net, Affine().forward_and_ladj, v, None)
         found, _ = solve(net, Affine().forward_and_ladj, v, None)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert not getattr(net.activation, "inplace", False)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float, 5e-5), (torch.double, 1e-12)])
