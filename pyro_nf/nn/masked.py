@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from pyro_nf._checks import check_count, check_dims
 
 # A triangular product is cut into at most MAX_STRIPS strips, none thinner than MIN_STRIP rows: more
-# strips skip more of the half that is zero, thinner ones cost more in calls than they save.
+# strips skip more of the half that is zero, thinner ones cost more in calls than they save. Nor do
+# they pay below WORTH_STRIPS multiplications.
 MAX_STRIPS = 8
 MIN_STRIP = 32
+WORTH_STRIPS = 2**24
 
 
 class MaskedNet(nn.Module):
@@ -125,15 +127,16 @@ class MaskedNet(nn.Module):
     def _propagate(
         self, x: Tensor, context: Tensor | None, activation: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        start = self.layers[0](features_first(x), self.offset(x.shape[:-1], context))
-        return propagate(start, self.layers[1:], self.skips, activation)
+        first, *rest = self.layers
+        start = first(features_first(x), self.offset(x.shape[:-1], context))
+        return propagate(start, rest, self.skips, activation)
 
     def offset(self, batch_shape: Sequence[int], context: Tensor | None) -> Tensor:
         """Returns :math:`V c + b_1`, of shape ``(width, N)``, or ``(width, 1)`` without context."""
         bias = cast(MaskedLinear, self.layers[0]).bias
         if self.context is None:
-            return bias.unsqueeze(-1)
-        offset = self.context(context) + bias
+            return bias
+        offset = self.context(context) + bias.squeeze(-1)
         return offset.expand(*batch_shape, -1).reshape(-1, len(bias)).T
 
 
@@ -196,7 +199,7 @@ class MaskedLinear(nn.Module):
         # Uniform as in torch.nn.Linear, but by the number of inputs that a unit does see.
         bound = seen.clamp_min(1).to(torch.get_default_dtype()).rsqrt()
         self.weight = nn.Parameter(bound.unsqueeze(-1) * torch.empty(shape).uniform_(-1, 1))
-        self.bias = nn.Parameter(bound * torch.empty(len(out_degrees)).uniform_(-1, 1))
+        self.bias = nn.Parameter((bound * torch.empty(len(bound)).uniform_(-1, 1)).unsqueeze(-1))
         # The sizes alone decide the mask, so it does not travel in the state_dict.
         mask = torch.arange(len(in_degrees)) < seen.unsqueeze(-1)
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
@@ -204,9 +207,9 @@ class MaskedLinear(nn.Module):
 
     def forward(self, a: Tensor, offset: Tensor | None = None) -> Tensor:
         """Returns ``y``; an ``offset`` of ``(out_features, N or 1)`` replaces the bias."""
-        b = self.bias.unsqueeze(-1) if offset is None else offset
+        b = self.bias if offset is None else offset
         weight = self.weight * self.mask
-        if self.strips is None:
+        if self.strips is None or weight.numel() * a.shape[-1] < WORTH_STRIPS:
             return torch.addmm(b, weight, a)
         return _TriangularProduct.apply(b, weight, a, *self.strips)
 

@@ -191,7 +191,7 @@ class _Solve(torch.autograd.Function):
         plan: _Plan, v: Tensor, start: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         count = len(plan.masks)
-        weights, biases = parameters[:count], [b.unsqueeze(-1) for b in parameters[count:]]
+        weights, biases = parameters[:count], parameters[count:]
         few = v.shape[-1] <= FEW_ROWS
         with torch.inference_mode():  # makes all the small calls some 10 % cheaper
             found = _by_passes(plan, v, start, weights, biases) if few else None

@@ -110,6 +110,11 @@ def test_only_weights_travel_and_only_weights_are_random():
     assert first.double().layers[0].mask.dtype == torch.double
 
 
+@pytest.fixture
+def strips_always(monkeypatch):
+    monkeypatch.setattr(masked, "WORTH_STRIPS", 0)
+
+
 def wide_layer():
     degrees = torch.arange(256)
     layer = MaskedLinear(degrees, degrees.repeat_interleave(2), strict=True).double()
@@ -121,13 +126,14 @@ def dense(layer, a, offset):
     return (layer.weight * layer.mask) @ a + offset
 
 
+@pytest.mark.usefixtures("strips_always")
 @pytest.mark.parametrize("offset_width", [None, 1, 7])
 def test_strips_leave_out_zeros_only(offset_width):
     layer = wide_layer()
     a = torch.randn(256, 7, dtype=torch.double, requires_grad=True)
     inputs, offset = [a, layer.weight], None
     if offset_width is None:
-        expected = dense(layer, a, layer.bias.unsqueeze(-1))
+        expected = dense(layer, a, layer.bias)
         inputs.append(layer.bias)
     else:
         offset = torch.randn(512, offset_width, dtype=torch.double, requires_grad=True)
@@ -144,6 +150,7 @@ def test_strips_leave_out_zeros_only(offset_width):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("strips_always")
 def test_strips_of_an_empty_batch():
     layer, a = wide_layer(), torch.randn(256, 0, dtype=torch.double, requires_grad=True)
     layer(a).sum().backward()
@@ -152,6 +159,7 @@ def test_strips_of_an_empty_batch():
 
 def test_strips_differentiate_twice(monkeypatch):
     monkeypatch.setattr(masked, "MIN_STRIP", 2)
+    monkeypatch.setattr(masked, "WORTH_STRIPS", 0)
     degrees = torch.arange(8)
     layer = MaskedLinear(degrees, degrees, strict=True).double()
     assert layer.strips is not None
@@ -160,6 +168,7 @@ def test_strips_differentiate_twice(monkeypatch):
     torch.autograd.gradgradcheck(layer, (a,))
 
 
+@pytest.mark.usefixtures("strips_always")
 # torch.compile itself instantiates the autograd.Function that it meets.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_strips_under_compile():
@@ -170,6 +179,7 @@ def test_strips_under_compile():
     torch.testing.assert_close(compiled(x), net(x))
 
 
+@pytest.mark.usefixtures("strips_always")
 def test_strips_under_vmap():
     net = random_net(128, 1, hidden_dims=(128, 128), scale=0.1, activation=nn.Tanh)
     x = torch.randn(5, 128).double().requires_grad_()
