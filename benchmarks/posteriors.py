@@ -24,11 +24,8 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from benchmarks import models
-from pyro_nf.flows.flow import Flow
+from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.joint import LogJoint, init_anywhere
-from pyro_nf.infer.recipe import choose_flow, choose_pace, posterior_stages
-from pyro_nf.infer.start import laplace_start
-from pyro_nf.train.loop import train
 from tests.reference_models import exact_targets
 
 COUNT_DRAWS = 10_000
@@ -136,27 +133,26 @@ def figures(
 def ours(problem: Problem, seed: int, seconds: float) -> Row:
     clock = time.process_time
     begin = clock()
-    joint = LogJoint(problem.model, problem.args, seed=seed)
-    joint.trace(64, max_seconds=0.1 * seconds)
-    start = laplace_start(joint, seed=seed, max_seconds=0.3 * seconds, clock=clock)
-    torch.manual_seed(seed)
-    flow = choose_flow(joint, start, seed=seed, max_seconds=0.1 * seconds, clock=clock)
-    stages = posterior_stages(flow, joint, pace=choose_pace(joint))
-    left = max(0.1 * seconds, seconds - (clock() - begin))
-    history = train(flow, stages, max_seconds=left, seed=seed, clock=clock, progress=False)
+    fit = fit_svi(
+        problem.model,
+        args=problem.args,
+        max_seconds=seconds,
+        seed=seed,
+        progress=False,
+        clock=clock,
+    )
     used = clock() - begin
-    z, log_w = draws_of_flow(flow, joint)
-    return figures(problem, "ours", seed, z, log_w, joint, steps=history.steps, seconds=used)
-
-
-def draws_of_flow(flow: Flow, joint: LogJoint) -> tuple[Tensor, Tensor]:
-    zs, log_ws = [], []
-    with torch.no_grad():
-        for _ in range(COUNT_DRAWS // BATCH):
-            z, log_q = flow().rsample_and_log_prob((BATCH,))
-            zs.append(z)
-            log_ws.append(joint.log_prob(z) - log_q)
-    return torch.cat(zs), torch.cat(log_ws)
+    posterior = fit.posterior(COUNT_DRAWS, seed=seed)
+    return figures(
+        problem,
+        "ours",
+        seed,
+        posterior.z,
+        posterior.log_weights,
+        fit.joint,
+        steps=fit.history.steps,
+        seconds=used,
+    )
 
 
 def pyro_guide(name: str) -> Callable[[Problem, int, float], Row]:

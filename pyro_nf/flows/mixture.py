@@ -48,7 +48,12 @@ class GaussianMixture(Base):
         self.triangles = nn.Parameter(torch.zeros(k, d, d))
 
     def sizes(self) -> dict[str, int]:
-        return {"input_dim": self.input_dim, "count_components": len(self.logits)}
+        return {"input_dim": self.input_dim, "count_components": self.count_components}
+
+    @property
+    def count_components(self) -> int:
+        """The number of components, K."""
+        return len(self.logits)
 
     @classmethod
     def from_moments(cls, log_weights: Tensor, means: Tensor, factors: Tensor) -> GaussianMixture:

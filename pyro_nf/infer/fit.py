@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_positive
 from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint, Model
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
@@ -20,12 +24,16 @@ from pyro_nf.infer.posterior import Posterior
 from pyro_nf.infer.recipe import Pace, choose_pace, posterior_stages
 from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.start import Start, laplace_start
+from pyro_nf.infer.tempering import separated_mixture
+from pyro_nf.train.checkpoint import load_settings
 from pyro_nf.train.loop import History, train
+from pyro_nf.train.randomness import own_randomness
 
 # What a fit may take if nothing is said.
 _MAX_STEPS = 2000
-# The start may take this share of the seconds, and at most so many of them.
-_START_SHARE, _START_SECONDS = 0.2, 3.0
+# Shares of the seconds that recording the log joint, the start, and the search for separate pieces
+# may take.
+_TRACE_SHARE, _START_SHARE, _PIECES_SHARE = 0.1, 0.3, 0.1
 # A fit that is bounded by steps alone looks at no clock, so that it can be repeated to the last
 # bit: its start ends by itself, long before this.
 _LONGEST_START = 60.0
@@ -39,13 +47,16 @@ class SVIFit:
         guide: The guide, in its best state.
         history: Losses (negative ELBOs) and the reason why the fit stopped.
         joint: The log joint density that it was fitted to.
-        start: The Gaussian that the fit started from; None if it went on from a checkpoint.
+        start: The Gaussian, or the mixture, that the fit started from; None if the guide was set
+            up before, or the fit went on from a checkpoint.
+        choice: What was chosen for this model, in a line.
     """
 
     guide: AutoFlow
     history: History
     joint: LogJoint
-    start: Start | None
+    start: Start | GaussianMixture | None
+    choice: str
 
     def posterior(self, num_draws: int = 1000, *, seed: int = 0) -> Posterior:
         """Draws with their importance weights.
@@ -104,13 +115,16 @@ def fit_svi(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
+    clock: Callable[[], float] = time.monotonic,
 ) -> SVIFit:
     r"""Fits a flow guide by maximising the ELBO.
 
     The model is run once for all particles of a step (:class:`~pyro_nf.infer.joint.LogJoint`). The
     fit starts from a Gaussian found by many climbs and the curvature along them
-    (:func:`~pyro_nf.infer.start.laplace_start`), learns its affine part first and then everything
-    (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the sticking-the-landing gradient.
+    (:func:`~pyro_nf.infer.start.laplace_start`), or from a mixture if the posterior is in separate
+    pieces (:func:`~pyro_nf.infer.tempering.separated_mixture`), learns its affine part first and
+    then everything (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the
+    sticking-the-landing gradient.
 
     Ctrl-C ends the fit and keeps the best state. A particle whose log density is not finite counts
     for nothing in its step; a step in which all of them fail, or whose gradient is not finite, is
@@ -121,8 +135,8 @@ def fit_svi(
 
     Args:
         model: A Pyro model; its learnable parameters, if any, must be trained by ``SVI`` instead.
-        guide: The guide; ``AutoFlow(model)`` by default. One that was fitted before goes on from
-            where it is.
+        guide: The guide. By default an ``AutoFlow(model)``, with as many components as the
+            posterior has separate pieces. One that is set up already goes on from where it is.
         args: The model's arguments.
         kwargs: The model's keyword arguments.
         max_steps: The most steps; 2000 if ``max_seconds`` is not given either.
@@ -135,6 +149,7 @@ def fit_svi(
         progress: Whether to show a progress bar.
         checkpoint: A file to write the state to, and to go on from if it exists.
         checkpoint_every: Steps between two writes of it.
+        clock: Returns the seconds that ``max_seconds`` counts.
 
     Returns:
         The fit: ``.guide``, ``.history``, ``.posterior(num_draws)``.
@@ -159,41 +174,47 @@ def fit_svi(
     """
     if num_particles is not None:
         check_count("fit_svi", "num_particles", num_particles)
-    kwargs = dict(kwargs or {})
-    guide = AutoFlow(model) if guide is None else guide
-    if not isinstance(guide, AutoFlow):
+    if max_seconds is not None:
+        check_positive("fit_svi", "max_seconds", max_seconds)
+    if guide is not None and not isinstance(guide, AutoFlow):
         raise TypeError(
             f"fit_svi: guide must be an AutoFlow, got {type(guide).__name__}; fit other guides "
             "with pyro.infer.SVI and take Posterior.from_guide(guide, model)."
         )
     if max_steps is None and max_seconds is None:
         max_steps = _MAX_STEPS
-    fresh = guide.prototype_trace is None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        guide._build(*args, **kwargs)
-    joint = LogJoint(model, args, kwargs, seed=seed)
-    if joint.has_parameters:
-        raise ValueError(
-            "fit_svi: the model has learnable parameters, which it would leave alone; train model "
-            "and guide together with pyro.infer.SVI, then take Posterior.from_guide."
-        )
-    start = None
-    if fresh and not (checkpoint is not None and os.path.exists(checkpoint)):
-        seconds = _LONGEST_START
-        if max_seconds is not None:
-            seconds = min(_START_SHARE * max_seconds, _START_SECONDS)
-        start = laplace_start(joint, guide._init_loc(), max_seconds=seconds, seed=seed)
-        guide.start_at(start)
-    pace = Pace() if num_particles is None else Pace(num_particles)
-    if num_particles is None and max_seconds is not None:
-        pace = choose_pace(joint)
+    began, kwargs = clock(), dict(kwargs or {})
+    seconds = _Seconds(max_seconds)
+    with own_randomness(seed):
+        joint = LogJoint(model, args, kwargs, seed=seed)
+        if joint.has_parameters:
+            raise ValueError(
+                "fit_svi: the model has learnable parameters, which it would leave alone; train "
+                "model and guide together with pyro.infer.SVI, then take Posterior.from_guide."
+            )
+        pace = Pace() if num_particles is None else Pace(num_particles)
+        if max_seconds is not None:  # both look at the clock, so that the fit cannot be repeated
+            pace = choose_pace(joint) if num_particles is None else pace
+            joint.trace(pace.count_particles, max_seconds=seconds.share(_TRACE_SHARE))
+        start: Start | GaussianMixture | None = None
+        if checkpoint is not None and os.path.exists(checkpoint):
+            count = load_settings(checkpoint).get("count_components", 1)
+            guide = AutoFlow(model, count_components=count) if guide is None else guide
+            guide._build(*args, **kwargs)
+        elif guide is None or guide.prototype_trace is None:
+            guide, start = _started(model, guide, joint, seconds, seed, clock)
+    choice = (
+        f"{joint.latent_dim} coordinates, log joint {joint.kind}, "
+        f"{guide.count_components} component(s), {pace.count_particles} particles"
+    )
+    if progress:
+        tqdm.write(f"fit_svi: {choice}", file=sys.stderr)
     watched = _Watched(objective or ELBO())
     history = train(
         guide._ready(),
         posterior_stages(guide._ready(), joint, objective=watched, pace=pace),
         max_steps=max_steps,
-        max_seconds=max_seconds,
+        max_seconds=None if max_seconds is None else max(max_seconds - (clock() - began), 1e-3),
         patience=patience,
         seed=seed,
         progress=progress,
@@ -201,6 +222,51 @@ def fit_svi(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         explain=lambda _: _explain(guide, joint),
-        settings={"sites": {name: list(s.shape) for name, s in joint.sites.items()}},
+        settings={
+            "sites": {name: list(s.shape) for name, s in joint.sites.items()},
+            "count_components": guide.count_components,
+        },
+        clock=clock,
     )
-    return SVIFit(guide, history, joint, start)
+    return SVIFit(guide, history, joint, start, choice)
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """What a part of the fit may take."""
+
+    total: float | None
+
+    def share(self, share: float) -> float:
+        return _LONGEST_START if self.total is None else share * self.total
+
+
+def _started(
+    model: Model,
+    guide: AutoFlow | None,
+    joint: LogJoint,
+    seconds: _Seconds,
+    seed: int,
+    clock: Callable[[], float],
+) -> tuple[AutoFlow, Start | GaussianMixture]:
+    """A guide that is set up and stands where the fit shall begin."""
+    init = joint.init_loc
+    if guide is not None:
+        guide._build(*joint.args, **joint.kwargs)
+        init = guide._init_loc()
+    start = laplace_start(
+        joint, init, max_seconds=seconds.share(_START_SHARE), seed=seed, clock=clock
+    )
+    mixture = None
+    if guide is None or guide.count_components > 1:
+        mixture = separated_mixture(
+            joint, start, max_seconds=seconds.share(_PIECES_SHARE), seed=seed, clock=clock
+        )
+    if guide is None:
+        count = 1 if mixture is None else mixture.count_components
+        guide = AutoFlow(model, count_components=count)
+        guide._build(*joint.args, **joint.kwargs)
+    fits = mixture is not None and mixture.count_components == guide.count_components
+    found = mixture if mixture is not None and fits else start
+    guide.start_at(found)
+    return guide, found

@@ -17,19 +17,22 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_positive
+from pyro_nf._checks import check_count, check_positive
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
-from pyro_nf.flows.recipes import iaf, nsf
+from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.flows.recipes import nsf
 from pyro_nf.infer.joint import (
     InitLocFn,
     Model,
     bijection,
     init_anywhere,
+    is_flat,
     refuse_subsampled_latents,
 )
-from pyro_nf.infer.recipe import affine_base
+from pyro_nf.infer.recipe import affine_base, autoregressive_layers
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
+from pyro_nf.infer.tempering import whitened
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.base import Chain, FlowTransform
@@ -40,29 +43,29 @@ FlowFactory = Callable[[int], Flow | FlowTransform]
 _COORDINATES = "transform.parts.2"
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
 _NUM_DRAWS = 20_000
+# What a deep copy shares with the original, and a pickled guide goes without.
+_SHARED = ("_model", "_plain_model", "_factory", "_init_loc_fn")
 # How far each coordinate is moved to see whether the supports move with it.
 _MOVE = 0.1
 
 
-def auto_flow(latent_dim: int) -> Flow:
+def auto_flow(latent_dim: int) -> FlowTransform:
     """The flow that ``flow="auto"`` takes: what fits most posteriors of that dimension.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
-    More get three affine autoregressive layers in the sampling direction, wide enough to carry
-    each coordinate.
+    More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`, three of them, with a hidden layer
+    of 64 to 256 units that widens with the dimension.
 
     Args:
         latent_dim: The number of unconstrained coordinates.
 
     Example:
-        >>> type(auto_flow(1).transform.parts[0]).__name__
-        'Coupling'
-        >>> auto_flow(5).transform.fast
-        'forward'
+        >>> auto_flow(1).fast, auto_flow(5).fast
+        ('both', 'forward')
     """
     if latent_dim == 1:
-        return nsf(1, count_layers=2)
-    return iaf(latent_dim, count_layers=3, hidden_dims=(max(64, min(2 * latent_dim, 256)),))
+        return nsf(1, count_layers=2).transform
+    return autoregressive_layers(latent_dim)
 
 
 class AutoFlow(AutoContinuous):
@@ -74,8 +77,9 @@ class AutoFlow(AutoContinuous):
     :math:`L_0` are the coordinates that learning happens in, so that one learning rate suits
     posteriors of any location and scale. At the start :math:`m_0` is the point of ``init_loc_fn``
     and :math:`L_0` is ``init_scale`` times the identity, where ``AutoDiagonalNormal`` starts too;
-    ``start_at`` puts them elsewhere. Above some hundreds of dimensions ``L`` has low rank plus a
-    diagonal and :math:`L_0` is a diagonal.
+    ``start_at`` puts them elsewhere. With ``count_components`` above 1 the base is a learnable
+    Gaussian mixture instead of :math:`N(0, I)`, for posteriors in separate pieces. Above some
+    hundreds of dimensions ``L`` has low rank plus a diagonal and :math:`L_0` is a diagonal.
 
     It works wherever an ``AutoContinuous`` does: ``SVI``, ``Predictive``, ``NeuTraReparam``; and
     takes flat priors (``ImproperUniform``). Parameters exist after :meth:`setup` with the model's
@@ -90,6 +94,8 @@ class AutoFlow(AutoContinuous):
             FlowTransform, or "auto" for :func:`auto_flow`.
         init_loc_fn: One of Pyro's ``init_to_*`` functions.
         init_scale: Standard deviation of each unconstrained coordinate at the start.
+        count_components: Components of the base. Draws of more than one carry no gradient, so such
+            a guide is for :func:`~pyro_nf.infer.fit.fit_svi`, not for plain ``SVI``.
 
     Raises:
         ValueError: If ``init_scale`` is not positive, or the flow has another dimension or wants a
@@ -117,15 +123,19 @@ class AutoFlow(AutoContinuous):
         *,
         init_loc_fn: InitLocFn = init_to_median,
         init_scale: float = 0.1,
+        count_components: int = 1,
     ) -> None:
         check_positive("AutoFlow", "init_scale", init_scale)
+        check_count("AutoFlow", "count_components", count_components)
         if not (callable(flow) or flow == "auto"):
             raise TypeError(
                 f"AutoFlow: flow must be 'auto' or a callable latent_dim -> Flow, got {flow!r}."
             )
         super().__init__(model, init_loc_fn=init_anywhere(init_loc_fn))
+        self._init_loc_fn = init_loc_fn
         self._plain_model = (model,)  # in a tuple, lest a Module become part of the guide
         self.init_scale = init_scale
+        self.count_components = count_components
         self._factory: FlowFactory = auto_flow if isinstance(flow, str) else flow
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
@@ -172,6 +182,28 @@ class AutoFlow(AutoContinuous):
             for name, site in self._sites():
                 bijection(name, site["fn"])  # names the site whose support cannot be mapped
             raise
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            default = torch.get_default_dtype()
+            other = torch.float32 if default == torch.float64 else torch.float64
+            self._start_flat_priors_in(other)
+            super()._setup_prototype(*args, **kwargs)
+        flat = [site["value"].dtype for _, site in self._sites() if is_flat(site["fn"])]
+        if flat and (computed := self._computed_dtype(args, kwargs)) not in flat:
+            self._start_flat_priors_in(computed)
+            super()._setup_prototype(*args, **kwargs)
+
+    def _computed_dtype(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+        """What the log density is computed in; the prototype has no data to tell."""
+        with own_randomness(seed=0), torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            return torch.as_tensor(trace.log_prob_sum()).dtype
+
+    def _start_flat_priors_in(self, dtype: torch.dtype) -> None:
+        """Flat priors have no dtype of their own: theirs is that of the data they meet."""
+        init = InitMessenger(init_anywhere(self._init_loc_fn, dtype))
+        self._model = (init(self._plain_model[0]),)
 
     def _refuse_moving_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises if the support of a latent changes with the other latents.
@@ -221,6 +253,8 @@ class AutoFlow(AutoContinuous):
         if dim <= MAX_FULL_DIM:
             scale = scale.diag_embed()
         affine = affine_base(Start(loc, scale, elbo=math.nan))
+        if self.count_components > 1:
+            base = GaussianMixture(dim, self.count_components)
         return Flow(Chain([inner, *affine.parts]), base).to(loc)
 
     @property
@@ -228,18 +262,29 @@ class AutoFlow(AutoContinuous):
         """The map from the coordinates of learning to the unconstrained latents."""
         return cast(FixedAffine, cast(Chain, self._ready().transform).parts[2])
 
-    def start_at(self, start: Start) -> None:
+    def start_at(self, start: Start | GaussianMixture) -> None:
         """Learns from now on in the coordinates of a Gaussian, and starts at that Gaussian.
 
         Args:
-            start: What :func:`pyro_nf.infer.start.laplace_start` found.
+            start: What :func:`pyro_nf.infer.start.laplace_start` found, or, for a guide with as
+                many components, what :func:`pyro_nf.infer.tempering.separated_mixture` found.
 
         Raises:
+            ValueError: If the number of components differs.
             RuntimeError: Before :meth:`setup`.
         """
-        parts = cast(Chain, self._ready().transform).parts
+        flow = self._ready()
+        if isinstance(start, GaussianMixture):
+            if start.count_components != self.count_components:
+                raise ValueError(
+                    f"AutoFlow: the mixture has {start.count_components} components, but "
+                    f"count_components is {self.count_components}."
+                )
+            start, mixture = whitened(start)
+            flow.base.load_state_dict(mixture.state_dict())
         if self.latent_dim <= MAX_FULL_DIM:
             start = replace(start, scale=start.scale_tril)
+        parts = cast(Chain, flow.transform).parts
         for mine, given in zip(parts[1:], affine_base(start).parts, strict=True):
             mine.load_state_dict(given.state_dict())
 
@@ -249,11 +294,11 @@ class AutoFlow(AutoContinuous):
         model, master = self._model, self.master
         state = dict(super().__getstate__())
         self._model, self.master = model, master
-        return state | {"_plain_model": None, "_factory": None}
+        return state | {"_plain_model": None, "_factory": None, "_init_loc_fn": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         copied = memo[id(self)] = type(self).__new__(type(self))
-        shared = {name: self.__dict__[name] for name in ("_model", "_plain_model", "_factory")}
+        shared = {name: self.__dict__[name] for name in _SHARED}
         copied.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **shared})
         return copied
 

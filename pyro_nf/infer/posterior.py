@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.refine import independence, neutra
-from pyro_nf.infer.replay import FlatPriorsAtRest, observed_values, pointwise_log_likelihood
+from pyro_nf.infer.replay import observed_values, pointwise_log_likelihood, predict
 from pyro_nf.infer.summary import Summary, summarize
 from pyro_nf.infer.weights import Weights, smooth
 from pyro_nf.train.loop import History
@@ -292,8 +291,8 @@ class Posterior:
             run = ways[method](
                 self.joint, q, x, num_draws=num_draws, warmup=warmup, progress=progress
             )
-        with torch.no_grad():
-            log_p = torch.cat([self.joint.log_prob(z) for z in run.z.split(_CHUNK)])
+            with torch.no_grad():
+                log_p = torch.cat([self.joint.log_prob(z) for z in run.z.split(_CHUNK)])
         return replace(
             self,
             samples=self.joint.unpack(run.z),
@@ -341,6 +340,9 @@ class Posterior:
 
         Returns:
             For each site its draws, ``(S, *shape)``.
+
+        Raises:
+            ValueError: If the model has no such site.
         """
         model = self.joint.model
         if not args and not kwargs:
@@ -348,14 +350,17 @@ class Posterior:
             model = poutine.uncondition(model)
         count = len(self) if num_draws is None else min(num_draws, len(self))
         chosen = {name: draws[:count] for name, draws in self.samples.items()}
-        predict = Predictive(
-            FlatPriorsAtRest(self.z.dtype)(model),
-            posterior_samples=chosen,
-            return_sites=tuple(sites),
-            parallel=self.joint.kind == "batched",
-        )
         with own_randomness(seed):
-            return cast(dict[str, Tensor], predict(*args, **kwargs))
+            drawn = predict(self.joint, chosen, model, args, kwargs)
+        if not sites:
+            return drawn
+        known = chosen | drawn
+        if unknown := set(sites) - set(known):
+            raise ValueError(
+                f"Posterior.predictive: the model has no site {sorted(unknown)}, only "
+                f"{sorted(known)}."
+            )
+        return {name: known[name] for name in sites}
 
     def log_likelihood(self) -> dict[str, Tensor]:
         """The log likelihood of every observation for every draw, ``(S, *batch_shape)`` a site."""

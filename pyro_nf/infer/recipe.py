@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from pyro_nf.flows.flow import Flow
@@ -14,7 +13,7 @@ from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
-from pyro_nf.infer.tempering import mixture_draws, mixture_of, separated_mixture
+from pyro_nf.infer.tempering import mixture_draws
 from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
@@ -24,7 +23,7 @@ from pyro_nf.univariate.affine import Affine
 # One set of settings for all posteriors: in the coordinates of the start they look alike.
 COUNT_PARTICLES = 64
 COUNT_LAYERS = 3
-HIDDEN_DIMS = (64,)
+HIDDEN_DIM, MAX_HIDDEN_DIM = 64, 256
 AFFINE_SHARE = 0.25
 AFFINE_RATES = (2e-2, 1e-3)
 FLOW_RATE = 5e-3
@@ -55,87 +54,28 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
     return Chain([learned.to(start.loc), FixedAffine(start.loc, start.scale)])
 
 
-def posterior_flow(
-    start: Start,
-    *,
-    count_layers: int = COUNT_LAYERS,
-    hidden_dims: Sequence[int] = HIDDEN_DIMS,
-) -> Flow:
-    """Affine autoregressive layers, fast to sample, and then the affine base.
+def autoregressive_layers(input_dim: int) -> Chain:
+    """Three affine autoregressive layers, fast to sample, that turn the order round each time.
 
     Args:
-        start: The Gaussian to start from; the flow is that Gaussian at first.
-        count_layers: How many autoregressive layers, in alternating order.
-        hidden_dims: Widths of the hidden layers of each.
+        input_dim: Size of the event.
+
+    Example:
+        >>> len(autoregressive_layers(4).parts)
+        3
     """
-    layers = _layers(len(start.loc), count_layers, hidden_dims)
-    return Flow(Chain([*layers, *affine_base(start).parts]).to(start.loc))
-
-
-def mixture_flow(
-    mixture: GaussianMixture,
-    *,
-    count_layers: int = COUNT_LAYERS,
-    hidden_dims: Sequence[int] = HIDDEN_DIMS,
-) -> Flow:
-    r"""A flow whose base is a learnable Gaussian mixture: for modes that lie apart, and for rings.
-
-    A smooth map of one Gaussian has one connected piece; a map of several has several. The base of
-    the flow is the mixture in the coordinates in which all of it has mean 0 and covariance 1.
-
-    Args:
-        mixture: In unconstrained coordinates of the model.
-        count_layers: How many autoregressive layers, in alternating order.
-        hidden_dims: Widths of the hidden layers of each.
-    """
-    with torch.no_grad():
-        pi, means = mixture.logits.softmax(-1), mixture.means
-        factors = mixture.triangles.triu(1) + mixture.log_diagonals.exp().diag_embed()
-        roots = torch.linalg.inv(factors).mT
-        loc = pi @ means
-        centred = means - loc
-        cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
-        scale = torch.linalg.cholesky(cov.double()).to(loc)
-        white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
-        white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
-        base = mixture_of(mixture.logits, white, white_roots)
-    layers = _layers(len(loc), count_layers, hidden_dims)
-    return Flow(Chain([*layers, FixedAffine(loc, scale)]).to(loc), base)
-
-
-def choose_flow(
-    joint: LogJoint,
-    start: Start,
-    *,
-    max_seconds: float = 1.0,
-    seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Flow:
-    """A :func:`mixture_flow` for a posterior in pieces, a :func:`posterior_flow` else.
-
-    Args:
-        joint: The log joint density.
-        start: Where to start.
-        max_seconds: For the search of pieces.
-        seed: Of its random numbers.
-        clock: What the seconds are counted with.
-    """
-    mixture = separated_mixture(joint, start, max_seconds=max_seconds, seed=seed, clock=clock)
-    return posterior_flow(start) if mixture is None else mixture_flow(mixture)
-
-
-def _layers(dim: int, count_layers: int, hidden_dims: Sequence[int]) -> list[FlowTransform]:
-    return [
+    width = max(HIDDEN_DIM, min(2 * input_dim, MAX_HIDDEN_DIM))
+    return Chain(
         Autoregressive(
             Affine(),
-            dim,
-            hidden_dims=hidden_dims,
-            activation=nn.SiLU,
+            input_dim,
+            hidden_dims=(width,),
+            activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
             reverse=i % 2 == 1,
             fast="forward",
         )
-        for i in range(count_layers)
-    ]
+        for i in range(COUNT_LAYERS)
+    )
 
 
 class Step:
@@ -214,16 +154,14 @@ def posterior_stages(
     """The affine base alone, then everything.
 
     Args:
-        flow: As :func:`posterior_flow` makes it.
+        flow: Of an :class:`~pyro_nf.infer.guide.AutoFlow`: layers, then the affine base.
         joint: The log joint density.
         objective: :class:`~pyro_nf.infer.objectives.ELBO` by default.
         pace: Particles and learning rate.
     """
     objective, pace = objective or ELBO(), pace or Pace()
-    is_mixture = isinstance(flow.base, GaussianMixture)
-    parts: list[FlowTransform] = list(flow.transform.parts)  # type: ignore[arg-type]
-    # A mixture is affine in each of its components.
-    base = Flow(Chain(parts[-1:] if is_mixture else parts[-2:]), flow.base)
+    parts = cast("list[FlowTransform]", list(cast(Chain, flow.transform).parts))
+    base = Flow(Chain(parts[1:]), flow.base)
     affine = Step(base, joint, objective, pace.count_particles)
     step = Step(flow, joint, objective, pace.count_particles)
     first, last = AFFINE_RATES

@@ -8,32 +8,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_nf.infer.joint import LogJoint, Message, init_anywhere, is_flat
-
-
-def _no_sample(site: Message) -> Tensor:
-    raise NotImplementedError
-
-
-class FlatPriorsAtRest(Messenger):
-    """Gives flat priors, which cannot be sampled, the image of 0; whoever conditions wins.
-
-    Pyro's ``Predictive`` runs a model once without values to learn its shapes; it fails there.
-
-    Args:
-        dtype: Of the latents.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._init = init_anywhere(_no_sample, dtype)
-
-    def _pyro_sample(self, msg: Message) -> None:
-        if msg["value"] is None and is_flat(msg["fn"]):
-            msg["value"] = self._init(msg).expand(msg["fn"].shape())
+from pyro_nf.infer.joint import LogJoint, Model
 
 
 def _observed_nodes(trace: poutine.Trace) -> dict[str, Any]:
@@ -52,6 +29,80 @@ def _run(joint: LogJoint, values: Mapping[str, Tensor]) -> dict[str, Any]:
         model = poutine.condition(joint.model, dict(values))
         trace = poutine.trace(model).get_trace(*joint.args, **joint.kwargs)
     return {name: node for name, node in _observed_nodes(trace).items() if name not in values}
+
+
+def _padded(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws ``(S, *shape)`` with the draws to the left of all plates, ``(S, 1, ..., *shape)``."""
+    padded = {}
+    for name, draws in samples.items():
+        pad = (1,) * (joint.max_batch_ndim - joint.sites[name].batch_ndim)
+        padded[name] = draws.reshape(len(draws), *pad, *draws.shape[1:])
+    return padded
+
+
+def _forward(
+    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values of all sites of one run but those that are given and bare factors."""
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(poutine.condition(model, dict(values))).get_trace(*args, **kwargs)
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: node["value"]
+        for name, node in nodes.items()
+        if node["type"] == "sample" and name not in values
+        if not poutine.util.site_is_subsample(node)
+        if not isinstance(node["fn"], pyro.distributions.Unit)
+    }
+
+
+def _natural(value: Tensor, count: int, shape: torch.Size) -> Tensor:
+    """A batched value without the dimensions of size 1 between the draws and ``shape``."""
+    if value.numel() == shape.numel():  # it does not depend on the draws
+        return value.reshape(shape).expand(count, *shape)
+    pad = (1,) * (value.dim() - 1 - len(shape))
+    return value.expand(count, *pad, *shape).reshape(count, *shape)
+
+
+def predict(
+    joint: LogJoint,
+    samples: Mapping[str, Tensor],
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Runs a model forward from draws of its latents, once for all draws if it broadcasts.
+
+    Args:
+        joint: Says whether and how the model broadcasts.
+        samples: Draws of the latents, ``(S, *shape)`` each.
+        model: The model, as it is or with its data set free.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        For each site that is not given ``(S, *shape)``.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal((x * beta).sum(-1), 1.0))
+        >>> joint = LogJoint(poutine.condition(model, {"y": torch.zeros(3)}), (torch.ones(3, 2),))
+        >>> draws = predict(joint, {"beta": torch.zeros(5, 2)}, model, (torch.ones(7, 2),), {})
+        >>> draws["y"].shape
+        torch.Size([5, 7])
+    """
+    count = len(next(iter(samples.values())))
+    if joint.kind != "batched":
+        each = [{name: draws[i] for name, draws in samples.items()} for i in range(count)]
+        runs = [_forward(model, args, kwargs, values) for values in each]
+        return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+    one = _forward(model, args, kwargs, {name: draws[0] for name, draws in samples.items()})
+    with pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim):
+        values = _forward(model, args, kwargs, _padded(joint, samples))
+    return {name: _natural(value, count, one[name].shape) for name, value in values.items()}
 
 
 def failing_sites(joint: LogJoint, z: Tensor) -> list[str]:
@@ -126,13 +177,8 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     one = next(singles)
     depth = joint.max_batch_ndim
-    padded = {}
-    for name, draws in samples.items():
-        site = joint.sites[name]
-        pad = (1,) * (depth - site.batch_ndim)
-        padded[name] = draws.reshape(count, *pad, *draws.shape[1:])
     with pyro.plate("_draws", count, dim=-1 - depth):
-        nodes = _run(joint, padded)
+        nodes = _run(joint, _padded(joint, samples))
     return {
         name: node["fn"]
         .log_prob(node["value"])

@@ -215,6 +215,25 @@ def mixture_of(log_weights: Tensor, means: Tensor, roots: Tensor) -> GaussianMix
     return GaussianMixture.from_moments(log_weights, means, factors)
 
 
+def whitened(mixture: GaussianMixture) -> tuple[Start, GaussianMixture]:
+    """The coordinates in which all of a mixture has mean 0 and covariance 1, and it in them.
+
+    Args:
+        mixture: In unconstrained coordinates of the model.
+    """
+    with torch.no_grad():
+        pi, means = mixture.logits.softmax(-1), mixture.means
+        factors = mixture.triangles.triu(1) + mixture.log_diagonals.exp().diag_embed()
+        roots = torch.linalg.inv(factors).mT
+        loc = pi @ means
+        centred = means - loc
+        cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
+        scale = torch.linalg.cholesky(cov.double()).to(loc)
+        white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
+        white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
+        return Start(loc, scale, math.nan), mixture_of(mixture.logits, white, white_roots)
+
+
 def mixture_draws(base: GaussianMixture, count: int) -> tuple[Tensor, Tensor]:
     r"""Stratified draws of a mixture with a path to all of its parameters.
 

@@ -78,8 +78,8 @@ def smooth(log_weights: Tensor) -> Weights:
     Example:
         >>> import torch
         >>> weights = smooth(torch.zeros(100))
-        >>> weights.ess, weights.log_evidence
-        (100.0, 0.0)
+        >>> round(weights.ess), weights.log_evidence
+        (100, 0.0)
     """
     raw = log_weights.detach().double().cpu()
     finite = raw.isfinite()

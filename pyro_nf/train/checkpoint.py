@@ -61,6 +61,20 @@ def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
     save_tensors(path, KIND, tensors, header)
 
 
+def load_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the settings of the fit that wrote a checkpoint.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, corrupt or of a newer version.
+    """
+    settings: dict[str, Any] = load_tensors(path, KIND)[1]["settings"]
+    return settings
+
+
 def load_state(
     path: str | os.PathLike[str], module: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> TrainingState:

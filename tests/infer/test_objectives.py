@@ -18,7 +18,6 @@ from pyro_nf.infer.objectives import (
     StickTheLanding,
     TemperedELBO,
 )
-from pyro_nf.infer.recipe import mixture_flow
 from pyro_nf.infer.tempering import mixture_draws, mixture_of
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.base import Chain
@@ -158,7 +157,8 @@ def test_mixture_gradient_reaches_weights_and_components():
     joint = LogJoint(targets.two_modes(2, dtype=F64).model)
     log_weights = torch.tensor([0.5, 0.5], dtype=F64).log()
     means = torch.tensor([[-3.0, -3.0], [3.0, 3.0]], dtype=F64) / math.sqrt(2)
-    flow = mixture_flow(mixture_of(log_weights, means, torch.eye(2, dtype=F64).repeat(2, 1, 1)))
+    base = mixture_of(log_weights, means, torch.eye(2, dtype=F64).repeat(2, 1, 1))
+    flow = Flow(LowerAffine(2).double(), base)
     torch.manual_seed(0)
     x, weights = mixture_draws(flow.base, 20_000)
     loss = ELBO()(flow, joint, x, weights).loss

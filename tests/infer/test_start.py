@@ -7,10 +7,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_nf.flows.flow import Flow
+from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.recipe import choose_flow, mixture_flow, posterior_flow
+from pyro_nf.infer.recipe import affine_base
 from pyro_nf.infer.start import BatchedLBFGS, laplace_scale, laplace_start
-from pyro_nf.infer.tempering import fit_mixture, mixture_draws, mixture_of, tempered_cloud
+from pyro_nf.infer.tempering import (
+    fit_mixture,
+    mixture_draws,
+    mixture_of,
+    separated_mixture,
+    tempered_cloud,
+)
 from tests import reference_models as targets
 
 F64 = torch.float64
@@ -83,7 +91,7 @@ def test_high_dimension_takes_no_matrix():
     start = laplace_start(LogJoint(model), max_seconds=20.0)
     assert start.scale.shape == (400,)
     assert start.elbo > -15.0
-    z, log_q = posterior_flow(start)().rsample_and_log_prob((3,))
+    z, log_q = Flow(affine_base(start))().rsample_and_log_prob((3,))
     assert z.shape == (3, 400)
     assert torch.isfinite(log_q).all()
 
@@ -134,16 +142,22 @@ def test_expectation_maximisation_finds_clusters():
     assert weights.sum().item() == pytest.approx(1.0)
 
 
-def test_flow_is_chosen_by_the_pieces():
+def test_a_mixture_is_found_where_there_are_pieces():
     pieces = LogJoint(targets.two_modes(2, dtype=F64).model)
-    flow = choose_flow(pieces, laplace_start(pieces), max_seconds=60.0)
-    assert len(flow.base.logits) == 2
+    mixture = separated_mixture(pieces, laplace_start(pieces), max_seconds=60.0)
+    assert mixture is not None
+    assert mixture.count_components == 2
     whole = LogJoint(targets.funnel(dtype=F64).model)
-    assert not hasattr(choose_flow(whole, laplace_start(whole), max_seconds=60.0).base, "means")
+    assert separated_mixture(whole, laplace_start(whole), max_seconds=60.0) is None
 
 
-def test_mixture_flow_starts_as_the_mixture():
-    z = targets.two_modes(3, dtype=F64).draw(500, torch.Generator().manual_seed(0))["x"]
+def test_guide_starts_as_the_mixture():
+    target = targets.two_modes(3, dtype=F64)
+    z = target.draw(500, torch.Generator().manual_seed(0))["x"]
     mixture = mixture_of(*fit_mixture(z, 2))
-    flow = mixture_flow(mixture)
-    torch.testing.assert_close(flow().log_prob(z), mixture().log_prob(z))
+    guide = AutoFlow(target.model, count_components=2).setup()
+    guide.start_at(mixture)
+    torch.testing.assert_close(guide.get_posterior().log_prob(z), mixture().log_prob(z))
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="2 components"):
+        AutoFlow(target.model, count_components=3).setup().start_at(mixture)
