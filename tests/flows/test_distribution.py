@@ -356,9 +356,6 @@ def test_compiled_draws(recipe: str, context_dim: int) -> None:
     assert y.shape == ((5, 2, 3) if context_dim else (5, 3))
     assert y.dtype == F64
     assert y.flatten(0, -2).unique(dim=0).shape[0] == y.numel() // 3
-    torch.manual_seed(3)
-    wanted = flow.transform.forward_and_ladj(flow.base(y.shape[:-1]).sample(), *context)[0]
-    assert (wanted.mean() - y.mean()).abs() < 5  # draws of the same law, not of the same numbers
     y.sum().backward()
     assert all(p.grad is not None for p in flow.transform.parameters())
 

@@ -207,7 +207,7 @@ def test_all_at_once_in_one_vector() -> None:
     "prior",
     [
         lambda: dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)),
-        lambda: dist.Wishart(torch.tensor(50.0), torch.eye(2)),
+        lambda: dist.ImproperUniform(constraints.positive_definite, (), (2, 2)),
         lambda: dist.Poisson(3.0),
         lambda: dist.Multinomial(3, torch.ones(2)),
     ],
@@ -408,6 +408,19 @@ def test_float64() -> None:
     for values in (guide(*data(F64)), guide.median(), guide.quantiles([0.5])):
         assert all(value.dtype == F64 for value in values.values())
     assert guide.log_prob(guide(*data(F64))).dtype == F64
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_flat_priors_take_the_dtype_of_the_data(loud: bool) -> None:
+    x = torch.eye(2, dtype=F64)
+
+    def model() -> None:
+        beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        loc = x @ beta if loud else x[0] * beta  # a product of matrices refuses to mix dtypes
+        pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=x[0])
+
+    guide = check_guide(lambda: AutoFlow(model, small), model)
+    assert guide()["beta"].dtype == F64
 
 
 # State.

@@ -1,0 +1,445 @@
+"""Posterior: draws, their weights, and what can be made of them."""
+
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Callable
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from torch import Tensor
+
+from pyro_nf import AutoFlow, Posterior, fit_svi, flows
+from pyro_nf.infer.weights import smooth
+from tests.reference_models import flat_regression
+
+F64 = torch.float64
+Y = torch.tensor([1.0, 2.5, 0.3], dtype=F64)
+EVIDENCE = dist.MultivariateNormal(Y.new_zeros(3), torch.eye(3, dtype=F64) + 4).log_prob(Y).item()
+
+
+def conjugate() -> None:
+    """mu ~ N(0, 2), y_i ~ N(mu, 1): y ~ N(0, I + 4 1 1^T)."""
+    mu = pyro.sample("mu", dist.Normal(Y.new_zeros(()), 2.0))
+    with pyro.plate("data", 3):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y)
+
+
+EXACT_MEAN, EXACT_SD = Y.sum().item() / 3.25, 3.25**-0.5
+
+
+def schools(y: Tensor | None = None, sigma: Tensor | None = None) -> None:
+    """Sites of every shape: scalar, plate, two plates, vector, vector in a plate."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(2.0)))
+    pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("school", 4):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("shape", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("year", 2):
+            pyro.sample("effect", dist.Normal(theta, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0 if sigma is None else sigma), obs=y)
+
+
+SHAPES = {
+    "mu": (),
+    "tau": (),
+    "weights": (3,),
+    "theta": (4,),
+    "shape": (4, 2),
+    "effect": (2, 4),
+}
+SCHOOLS_Y = torch.tensor([2.8, 0.8, -0.3, 0.7])
+
+
+def looped() -> None:
+    """Each coordinate in Python: it does not run on a batch of particles."""
+    total = torch.tensor(0.0)
+    for i in range(3):
+        x = pyro.sample(f"x{i}", dist.Normal(torch.tensor(0.0), 1.0))
+        total = total + float(x.detach()) * 0 + x
+    pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(1.0))
+
+
+def small(dim: int) -> flows.Flow:
+    return flows.iaf(dim, count_layers=2, hidden_dims=(8,))
+
+
+def fitted(model: Callable, args=(), max_steps: int = 60, num_draws: int = 1000) -> Posterior:
+    guide = AutoFlow(model, small)
+    fit = fit_svi(model, guide, args, max_steps=max_steps, num_particles=16, progress=False)
+    return fit.posterior(num_draws)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Posterior:
+    return fitted(conjugate, num_draws=3000)
+
+
+@pytest.fixture(scope="module")
+def all_shapes() -> Posterior:
+    return fitted(schools, (SCHOOLS_Y,), num_draws=200)
+
+
+def rough(num_draws: int = 4000, loc: float = 0.4, scale: float = 0.9) -> Posterior:
+    """A Gaussian guide beside the exact posterior: its weights matter."""
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    with torch.no_grad():
+        guide.coordinates.loc.fill_(EXACT_MEAN + loc)
+        guide.coordinates.scale.fill_(scale)
+    return Posterior.from_guide(guide, num_draws=num_draws)
+
+
+# Draws.
+
+
+def test_natural_shapes(all_shapes: Posterior) -> None:
+    assert {name: tuple(draws.shape) for name, draws in all_shapes.samples.items()} == {
+        name: (200, *shape) for name, shape in SHAPES.items()
+    }
+    assert len(all_shapes) == 200
+    assert bool((all_shapes.samples["tau"] > 0).all())
+    torch.testing.assert_close(all_shapes.samples["weights"].sum(-1), torch.ones(200))
+    assert all_shapes.log_weights.shape == (200,)
+
+
+def test_log_weights_are_those_of_pyro(all_shapes: Posterior) -> None:
+    """log p(x, z) by Pyro's own trace, log q by the guide's own log_prob."""
+    guide = AutoFlow(schools, small)
+    posterior = fit_svi(schools, guide, (SCHOOLS_Y,), max_steps=3, progress=False).posterior(5)
+    for i in range(5):
+        values = {name: draws[i] for name, draws in posterior.samples.items()}
+        model = pyro.poutine.condition(schools, values)
+        log_p = pyro.poutine.trace(model).get_trace(SCHOOLS_Y).log_prob_sum()
+        with torch.no_grad():
+            wanted = log_p - guide.log_prob(values)
+        torch.testing.assert_close(posterior.log_weights[i], wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_draws() -> None:
+    guide = AutoFlow(conjugate, small).setup()
+    one, two, three = (Posterior.from_guide(guide, num_draws=10, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.z, two.z)
+    assert not torch.equal(one.z, three.z)
+    assert Posterior.from_guide(guide, num_draws=4500).z.unique(dim=0).shape == (4500, 1)
+
+
+# Weights.
+
+
+def test_against_the_exact_evidence(truth: Posterior) -> None:
+    assert truth.elbo <= EVIDENCE + 3 * truth.weights.elbo_se + 1e-9
+    assert truth.elbo > EVIDENCE - 0.05
+    assert abs(truth.log_evidence - EVIDENCE) < 4 * truth.log_evidence_se + 1e-3
+    assert truth.ess > 0.9 * len(truth)
+    assert truth.khat < 0.7
+    row = truth.summary()["mu"]
+    assert row.mean == pytest.approx(EXACT_MEAN, abs=4 * EXACT_SD / len(truth) ** 0.5)
+    assert row.sd == pytest.approx(EXACT_SD, rel=0.08)
+
+
+def test_weights_correct_a_rough_guide() -> None:
+    posterior = rough()
+    plain, weighted = posterior.summary()["mu"], posterior.summary(weighted=True)["mu"]
+    assert abs(plain.mean - EXACT_MEAN) > 0.3
+    assert weighted.mean == pytest.approx(EXACT_MEAN, abs=0.05)
+    assert weighted.sd == pytest.approx(EXACT_SD, rel=0.06)
+    z = 1.6449
+    assert weighted.q5 == pytest.approx(EXACT_MEAN - z * EXACT_SD, abs=0.08)
+    assert weighted.median == pytest.approx(EXACT_MEAN, abs=0.06)
+    assert weighted.q95 == pytest.approx(EXACT_MEAN + z * EXACT_SD, abs=0.08)
+    assert posterior.elbo < EVIDENCE - 0.1
+    assert abs(posterior.log_evidence - EVIDENCE) < 4 * posterior.log_evidence_se
+    assert 0 < posterior.ess < len(posterior)
+
+
+def test_the_standard_error_of_the_evidence_is_honest() -> None:
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    with torch.no_grad():
+        guide.coordinates.loc.fill_(EXACT_MEAN + 0.3)
+        guide.coordinates.scale.fill_(0.9)
+    posteriors = [Posterior.from_guide(guide, num_draws=400, seed=s) for s in range(60)]
+    errors = torch.tensor([p.log_evidence - EVIDENCE for p in posteriors])
+    claimed = sum(p.log_evidence_se for p in posteriors) / 60
+    assert errors.std() == pytest.approx(claimed, rel=0.35)
+    assert errors.mean().abs() < 4 * claimed / 60**0.5
+
+
+def test_resample() -> None:
+    posterior = rough()
+    draws = posterior.resample(2000)
+    assert len(draws) == 2000
+    assert draws.summary()["mu"].mean == pytest.approx(EXACT_MEAN, abs=0.06)
+    assert draws.summary()["mu"].sd == pytest.approx(EXACT_SD, rel=0.08)
+    # systematic: each draw stands in it as often as its weight says, to within one
+    every = posterior.resample()
+    times = (every.z.sort(0).values.unsqueeze(0) == posterior.z.unsqueeze(1)[:50]).sum((1, 2))
+    wanted = posterior.weights.normalized[:50] * len(every)
+    assert bool(((times - wanted).abs() < 1.0 + 1e-6).all())
+    # half of them is a fair sample too
+    half = draws.samples["mu"][:1000].mean().item()
+    assert half == pytest.approx(EXACT_MEAN, abs=0.1)
+    assert torch.equal(draws.z, posterior.resample(2000).z)
+    assert not torch.equal(draws.z, posterior.resample(2000, seed=1).z)
+    for ask in ("log_weights", "elbo", "khat", "ess", "log_evidence", "log_evidence_se"):
+        with pytest.raises(RuntimeError, match="no weights"):
+            getattr(draws, ask)
+    with pytest.raises(ValueError, match="num_draws"):
+        posterior.resample(0)
+
+
+def test_khat_of_both_arviz(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside arviz 0.x there is arviz_stats of arviz 1; both smooth the same weights alike."""
+    generator = torch.Generator().manual_seed(0)
+    real = importlib.util.find_spec
+    for heavy in (0.3, 0.6, 1.2):
+        log_weights = -heavy * torch.rand(2000, generator=generator, dtype=F64).log()
+        assert importlib.util.find_spec("arviz_stats") is not None
+        new = smooth(log_weights)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                importlib.util,
+                "find_spec",
+                lambda name: None if name == "arviz_stats" else real(name),
+            )
+            old = smooth(log_weights)
+        # their tails begin at slightly different ranks
+        assert old.khat == pytest.approx(float(arviz.psislw(log_weights.numpy())[1]), abs=1e-9)
+        assert new.khat == pytest.approx(old.khat, abs=0.02)
+        assert new.khat == pytest.approx(heavy, abs=0.2)
+        assert new.log_evidence == pytest.approx(old.log_evidence, abs=0.01)
+        assert new.ess == pytest.approx(old.ess, rel=0.05)
+
+
+def test_degenerate_weights() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        smooth(torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match="finite"):
+        smooth(torch.full((30,), -math.inf))
+    some = smooth(torch.cat([torch.zeros(100), torch.full((100,), -math.inf)]))
+    assert some.log_evidence == pytest.approx(-math.log(2))
+    assert some.elbo == -math.inf
+    assert smooth(torch.zeros(5)).khat == math.inf  # too few to tell
+
+
+def test_scale_of_the_weights_does_not_matter_for_khat() -> None:
+    log_weights = torch.randn(500, dtype=F64)
+    one, other = smooth(log_weights), smooth(log_weights + 1000.0)
+    assert other.khat == pytest.approx(one.khat, abs=1e-6)
+    assert other.log_evidence == pytest.approx(one.log_evidence + 1000.0, abs=1e-6)
+
+
+# Summary.
+
+
+def test_summary(all_shapes: Posterior) -> None:
+    table = all_shapes.summary()
+    names = [row.name for row in table.rows]
+    assert names[:5] == ["mu", "tau", "weights[0]", "weights[1]", "weights[2]"]
+    assert "effect[1,3]" in names and len(names) == 2 + 3 + 4 + 8 + 8
+    draws = all_shapes.samples["effect"][:, 1, 3].double()
+    row = table["effect[1,3]"]
+    assert row.mean == pytest.approx(draws.mean().item(), rel=1e-5, abs=1e-6)
+    assert row.sd == pytest.approx(draws.std().item(), rel=1e-5)
+    assert [row.q5, row.median, row.q95] == pytest.approx(
+        draws.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=F64)).tolist(), rel=1e-5, abs=1e-6
+    )
+    assert "effect[1,3]" in str(table) and "mean" in str(table)
+    with pytest.raises(KeyError, match="no row 'nothing'"):
+        table["nothing"]
+
+
+# arviz.
+
+
+@pytest.fixture(params=["installed", "1.x"])
+def arviz_version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "1.x":
+        version = importlib.metadata.version
+        monkeypatch.setattr(
+            importlib.metadata,
+            "version",
+            lambda name: "1.0.0" if name == "arviz" else version(name),
+        )
+    return request.param
+
+
+def test_to_arviz(all_shapes: Posterior, arviz_version: str) -> None:
+    data = all_shapes.to_arviz(
+        coords={"school": ["A", "B", "C", "D"], "year": [1, 2]},
+        dims={"theta": ["school"], "effect": ["year", "school"]},
+        log_likelihood=True,
+    )
+    is_old = arviz_version == "installed" and arviz.__version__ < "1"
+    assert isinstance(data, arviz.InferenceData if is_old else xarray.DataTree)
+    for name, shape in SHAPES.items():
+        assert data.posterior[name].shape == (1, 200, *shape)
+    assert data.posterior["theta"].dims == ("chain", "draw", "school")
+    one = data.posterior["effect"].sel(year=2, school="C").values[0]
+    np.testing.assert_array_equal(one, all_shapes.samples["effect"][:, 1, 2].numpy())
+    stats = data.sample_stats
+    np.testing.assert_allclose(stats["lp"].values[0], all_shapes.log_p.numpy())
+    assert stats["log_weight"].shape == (1, 200)
+    assert stats.attrs["khat"] == all_shapes.khat
+    assert stats.attrs["elbo"] == all_shapes.elbo
+    assert stats.attrs["log_evidence"] == all_shapes.log_evidence
+    np.testing.assert_array_equal(data.observed_data["y"].values, SCHOOLS_Y.numpy())
+    assert data.log_likelihood["y"].shape == (1, 200, 4)
+    # without weights there are none to tell of
+    plain = all_shapes.resample(100).to_arviz()
+    assert "log_weight" not in plain.sample_stats and "khat" not in plain.sample_stats.attrs
+    assert "log_likelihood" not in (plain.groups() if is_old else plain.children)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
+def test_loo(all_shapes: Posterior) -> None:
+    resampled = all_shapes.resample(200)
+    result = arviz.loo(resampled.to_arviz(log_likelihood=True), pointwise=True)
+    assert np.isfinite(result.elpd_loo)
+    assert result.loo_i.shape == (4,)
+    by_hand = dist.Normal(resampled.samples["theta"], 1.0).log_prob(SCHOOLS_Y)
+    torch.testing.assert_close(resampled.log_likelihood()["y"], by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_arviz_summary_and_plots_take_it(truth: Posterior) -> None:
+    table = arviz.summary(truth.to_arviz(), kind="stats")
+    assert table.loc["mu", "mean"] == pytest.approx(EXACT_MEAN, abs=0.1)
+
+
+# The model run forward.
+
+
+def test_predictive_without_arguments_draws_the_data_anew(all_shapes: Posterior) -> None:
+    draws = all_shapes.predictive()
+    assert draws["y"].shape == (200, 4)
+    residual = draws["y"] - all_shapes.samples["theta"]
+    assert residual.std().item() == pytest.approx(1.0, rel=0.1)
+    assert not bool((draws["y"] == SCHOOLS_Y).any())
+    assert set(draws) == {"y"}
+
+
+def test_predictive_with_arguments(all_shapes: Posterior) -> None:
+    draws = all_shapes.predictive(None, sigma=torch.tensor(0.01), num_draws=50)
+    assert draws["y"].shape == (50, 4)
+    close = (draws["y"] - all_shapes.samples["theta"][:50]).abs().max()
+    assert close < 0.06
+    again = all_shapes.predictive(None, sigma=torch.tensor(0.01), num_draws=50)
+    assert torch.equal(draws["y"], again["y"])
+    some = all_shapes.predictive(sites=["y", "theta"], num_draws=10)
+    assert set(some) == {"y", "theta"}
+    torch.testing.assert_close(some["theta"], all_shapes.samples["theta"][:10])
+    with pytest.raises(ValueError, match=r"no site \['nothing'\]"):
+        all_shapes.predictive(sites=["nothing"])
+
+
+def test_predictive_of_a_vector_in_a_plate() -> None:
+    """As many draws as rows: a wrong broadcast would be silent."""
+    x = torch.randn(30, 3)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            loc = pyro.deterministic("loc", (x * beta).sum(-1))
+            pyro.sample("y", dist.Normal(loc, 0.01), obs=y)
+
+    posterior = fitted(model, (x, x.sum(-1)), num_draws=30)
+    draws = posterior.predictive(x)
+    wanted = posterior.samples["beta"] @ x.mT
+    torch.testing.assert_close(draws["loc"], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(draws["y"], wanted, atol=0.06, rtol=0)
+    assert posterior.predictive(torch.randn(7, 3))["y"].shape == (30, 7)
+
+
+def test_flat_priors() -> None:
+    target = flat_regression(dtype=F64)
+    posterior = fitted(target.model, max_steps=150)
+    assert posterior.samples["beta"].shape == (1000, 3)
+    assert posterior.samples["sigma"].shape == (1000,)
+    assert abs(posterior.log_evidence - target.log_evidence) < 4 * posterior.log_evidence_se + 5e-3
+    assert posterior.elbo <= target.log_evidence + 3 * posterior.weights.elbo_se
+    assert posterior.predictive()["y"].shape == (1000, 40)
+    assert posterior.log_likelihood()["y"].shape == (1000,)
+
+
+def test_flat_prior_in_a_plate() -> None:
+    y = torch.tensor([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
+
+    def model() -> None:
+        with pyro.plate("group", 3):
+            loc = pyro.sample("loc", dist.ImproperUniform(constraints.real, (), ()))
+            with pyro.plate("row", 2):
+                pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    posterior = fitted(model, num_draws=400)
+    assert posterior.samples["loc"].shape == (400, 3)
+    torch.testing.assert_close(posterior.samples["loc"].mean(0), y.mean(0), atol=0.2, rtol=0)
+    assert posterior.predictive()["y"].shape == (400, 2, 3)
+    assert posterior.log_likelihood()["y"].shape == (400, 2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:the model does not run on a batch:UserWarning")
+def test_a_model_that_does_not_batch() -> None:
+    posterior = fitted(looped, max_steps=20, num_draws=60)
+    assert posterior.joint.kind != "batched"
+    assert posterior.samples["x0"].shape == (60,)
+    assert posterior.predictive()["y"].shape == (60,)
+    likelihood = posterior.log_likelihood()["y"]
+    total = sum(posterior.samples[f"x{i}"] for i in range(3))
+    torch.testing.assert_close(
+        likelihood, dist.Normal(total, 1.0).log_prob(torch.tensor(1.0)), atol=1e-5, rtol=0
+    )
+    assert posterior.to_arviz(log_likelihood=True).log_likelihood["y"].shape == (1, 60)
+
+
+# Other guides.
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
+def test_pyros_guides(make) -> None:
+    guide = make(conjugate)
+    svi = SVI(conjugate, guide, pyro.optim.ClippedAdam({"lr": 0.02}), Trace_ELBO(num_particles=8))
+    for _ in range(300):
+        svi.step()
+    posterior = Posterior.from_guide(guide, num_draws=2000)
+    assert posterior.samples["mu"].shape == (2000,)
+    assert EVIDENCE - 0.1 < posterior.elbo <= EVIDENCE + 3 * posterior.weights.elbo_se + 1e-6
+    assert posterior.log_evidence == pytest.approx(EVIDENCE, abs=0.02)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_pyros_guides_with_sites_of_every_shape(make) -> None:
+    guide = make(schools)
+    guide(SCHOOLS_Y)
+    posterior = Posterior.from_guide(guide, args=(SCHOOLS_Y,), num_draws=50)
+    assert {name: tuple(v.shape[1:]) for name, v in posterior.samples.items()} == SHAPES
+    assert torch.isfinite(posterior.log_weights).all()
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(TypeError, match="AutoDelta"):
+        Posterior.from_guide(AutoDelta(conjugate))
+    with pytest.raises(ValueError, match="num_draws"):
+        Posterior.from_guide(AutoFlow(conjugate), num_draws=0)
+
+
+def test_a_density_that_is_zero_for_all_draws() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("far", torch.where(x > 50, 0.0, -torch.inf))
+
+    guide = AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))).setup()
+    with pytest.raises(ValueError, match="not finite"):
+        Posterior.from_guide(guide, model)
