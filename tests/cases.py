@@ -53,6 +53,13 @@ def _plain() -> dict[str, Callable[[], FlowTransform]]:
         "ActNorm": lambda: t.ActNorm(3),
         "Chain": lambda: t.Chain([t.LULinear(3), t.Permutation.reverse(3), t.Softsign()]),
         "Exp": t.Exp,
+        "FixedAffine": lambda: t.FixedAffine(
+            torch.tensor([1.0, -2.0, 0.5]),
+            torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.3, -1.0, 1.5]]),
+        ),
+        "FixedAffine-diagonal": lambda: t.FixedAffine(torch.zeros(2), torch.tensor([2.0, 0.5])),
+        "LowRankAffine": lambda: t.LowRankAffine(5, 2),
+        "LowerAffine": lambda: t.LowerAffine(4),
         "LULinear": lambda: t.LULinear(4),
         "LULinear-one": lambda: t.LULinear(1),
         "LeakyReLU": lambda: t.LeakyReLU(0.3),

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import pytest
-from tests.cases import ABSTRACT, FLOW_ROWS, TRANSFORM_ROWS, UNIVARIATE_ROWS, Row
 
 from pyro_nf import flows, transforms, univariate
+from tests.cases import ABSTRACT, FLOW_ROWS, TRANSFORM_ROWS, UNIVARIATE_ROWS, Row
 
 
 def missing(exported: Iterable[str], rows: Iterable[Row]) -> set[str]:

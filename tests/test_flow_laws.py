@@ -1,9 +1,9 @@
 """The laws of flows over the table, with random weights, in float64."""
 
 import pytest
-from tests.cases import FLOW_ROWS, Row
 
 from pyro_nf.testing import FLOW_LAWS, randomize
+from tests.cases import FLOW_ROWS, Row
 
 
 @pytest.mark.parametrize("law", FLOW_LAWS, ids=lambda law: law.__name__)

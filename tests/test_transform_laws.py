@@ -1,9 +1,9 @@
 """The laws of transforms over the table, with random weights, in float64."""
 
 import pytest
-from tests.cases import TRANSFORM_ROWS, Row
 
 from pyro_nf.testing import TRANSFORM_LAWS, randomize
+from tests.cases import TRANSFORM_ROWS, Row
 
 
 @pytest.mark.parametrize("law", TRANSFORM_LAWS, ids=lambda law: law.__name__)

@@ -1,9 +1,9 @@
 """The laws of univariate maps over the table."""
 
 import pytest
-from tests.cases import UNIVARIATE_ROWS, Row
 
 from pyro_nf.testing import check_univariate
+from tests.cases import UNIVARIATE_ROWS, Row
 
 
 @pytest.mark.parametrize("row", UNIVARIATE_ROWS, ids=str)

@@ -1,5 +1,6 @@
 """Invertible maps of vectors, as Pyro transforms and torch modules at once."""
 
+from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import (
     Autoregressive,
     affine_autoregressive,
@@ -36,9 +37,12 @@ __all__ = [
     "Elementwise",
     "Exp",
     "Fixed",
+    "FixedAffine",
     "FlowTransform",
     "Inverse",
     "LULinear",
+    "LowRankAffine",
+    "LowerAffine",
     "LeakyReLU",
     "Permutation",
     "Planar",
