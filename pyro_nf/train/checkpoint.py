@@ -22,6 +22,7 @@ class TrainingState:
     Attributes:
         module: The state of the module.
         best: Its best state so far.
+        average: The moving average of its parameters; empty if the fit has none.
         optimizers: For each optimiser, for each parameter by index, its named state.
         generators: The states of the random generators.
         values: What JSON can hold: history, settings, counters.
@@ -29,6 +30,7 @@ class TrainingState:
 
     module: dict[str, Tensor]
     best: dict[str, Tensor]
+    average: dict[str, Tensor]
     optimizers: list[dict[int, dict[str, Any]]]
     generators: dict[str, Tensor]
     values: dict[str, Any]
@@ -47,6 +49,7 @@ def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
     tensors = {
         **{f"module/{name}": value for name, value in state.module.items()},
         **{f"best/{name}": value for name, value in state.best.items()},
+        **{f"average/{name}": value for name, value in state.average.items()},
         **{f"generator/{name}": value for name, value in state.generators.items()},
     }
     scalars: list[list[Any]] = []
@@ -92,7 +95,9 @@ def load_state(
     """
     tensors, header = load_tensors(path, KIND)
     source = f"the checkpoint {str(path)!r}"
-    parts: dict[str, dict[str, Tensor]] = {"module": {}, "best": {}, "generator": {}}
+    parts: dict[str, dict[str, Tensor]] = {
+        part: {} for part in ("module", "best", "average", "generator")
+    }
     optimizers: list[dict[int, dict[str, Any]]] = [{} for _ in range(header["optimizers"])]
     for key, value in tensors.items():
         part, name = key.split("/", 1)
@@ -120,6 +125,7 @@ def load_state(
     return TrainingState(
         module={name: value.to(device) for name, value in parts["module"].items()},
         best={name: value.to(device) for name, value in parts["best"].items()},
+        average={name: value.to(device) for name, value in parts["average"].items()},
         optimizers=optimizers,
         generators=parts["generator"],
         values=header,

@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -177,6 +178,7 @@ def train(
     check_every: int = 50,
     patience: float | None = None,
     max_grad_norm: float | None = 10.0,
+    average: float | None = None,
     seed: int | None = 0,
     progress: bool = True,
     metric: str = "loss",
@@ -194,6 +196,14 @@ def train(
     else the mean loss since the last check. The best state is copied in memory and put back
     at the end, whatever ends the fit: the budget, patience, Ctrl-C or an error.
 
+    With ``average``, what is checked, kept and left in the module is not the last state but a
+    moving average of all, which is free of the noise of single steps; steps go on from the last:
+
+    .. math:: \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t) \theta_t, \qquad
+        d_t = \min\left(\text{average}, \tfrac{1 + t}{10 + t}\right)
+
+    *Acceleration of Stochastic Approximation by Averaging* (Polyak, Juditsky, 1992).
+
     A step whose loss or gradient is not finite is skipped. After three such steps in a row the
     parameters go back to the last good state and the learning rate is halved; after ten the fit
     ends with an error.
@@ -209,6 +219,7 @@ def train(
         patience: Stop when the metric has not improved for so many steps (an int) or for this share
             of the budget (a float, for example 0.5); None for never.
         max_grad_norm: The norm that gradients are clipped to; None for no clipping.
+        average: The decay of the moving average of the parameters, for example 0.99; None for none.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
         progress: Whether to show a progress bar.
         metric: Name of the metric in the bar and in messages.
@@ -241,13 +252,16 @@ def train(
     for name, value in (("max_steps", max_steps), ("check_every", check_every)):
         if value is not None and value < 1:
             raise ValueError(f"train: {name} is {value}, wanted at least 1.")
+    if average is not None and not 0 <= average < 1:
+        raise ValueError(f"train: average is {average}, wanted a decay from 0 to below 1, or None.")
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"train: max_seconds is {max_seconds}, wanted more than 0.")
     if checkpoint is not None:
         check_writable(checkpoint)
 
     budget = _Budget(max_steps, max_seconds, clock)
-    run = _Run(module, stages, validate, metric, dict(settings or {}) | {"seed": seed}, explain)
+    settings = dict(settings or {}) | {"seed": seed, "average": average}
+    run = _Run(module, stages, validate, metric, average, settings, explain)
     history = run.history
     was_training = module.training
     bar = tqdm(total=max_steps, disable=not progress, unit="step")
@@ -323,6 +337,7 @@ class _Run:
         stages: list[Stage],
         validate: Callable[[], float] | None,
         metric: str,
+        average: float | None,
         settings: dict[str, Any],
         explain: Callable[[Any], str] | None,
     ) -> None:
@@ -330,6 +345,7 @@ class _Run:
         self.metric, self.settings, self.explain = metric, settings, explain
         self.history = History()
         self.best = _copy(module)
+        self.average = None if average is None else _Average(module, average)
         self.rate_factor = 1.0
         self.bad_steps = 0
         self.full_rates = [[g["lr"] for g in stage.optimizer.param_groups] for stage in stages]
@@ -361,6 +377,8 @@ class _Run:
         if good:
             optimizer.step()
             self.bad_steps = 0
+            if self.average is not None:
+                self.average.update(step)
         else:
             self._skip(step, value, batch, optimizer)
         history.losses.append(value if good else math.nan)
@@ -372,6 +390,8 @@ class _Run:
         self.bad_steps += 1
         if self.bad_steps == BAD_STEPS_BEFORE_RETREAT:
             _load(self.module, self.best)
+            if self.average is not None:
+                self.average.restart()
             optimizer.state.clear()
             self.rate_factor *= RETREAT
         if self.bad_steps == MOST_BAD_STEPS:
@@ -406,9 +426,13 @@ class _Run:
 
     def check(self) -> None:
         """Take the metric, and keep the state if it is the best so far."""
-        history = self.history
         if self.is_checked:
             return
+        with nullcontext() if self.average is None else self.average.in_place():
+            self._check()
+
+    def _check(self) -> None:
+        history = self.history
         if self.validate is not None:
             self.module.eval()
             with torch.no_grad():
@@ -429,6 +453,7 @@ class _Run:
         state = TrainingState(
             module=_copy(self.module),
             best=self.best,
+            average={} if self.average is None else self.average.values,
             optimizers=[stage.optimizer.state_dict()["state"] for stage in self.stages],
             generators=generators,
             values={
@@ -448,6 +473,8 @@ class _Run:
         state = load_state(path, _copy(self.module), self.settings)
         _load(self.module, state.module)
         self.best = state.best
+        if self.average is not None:
+            self.average.values = state.average
         for stage, saved in zip(self.stages, state.optimizers, strict=True):
             groups = stage.optimizer.state_dict()["param_groups"]
             stage.optimizer.load_state_dict({"state": saved, "param_groups": groups})
@@ -455,6 +482,38 @@ class _Run:
         self.history.__dict__.update(values["history"])
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
         set_random_state(state.generators, values["generators"])
+
+
+class _Average:
+    """A moving average of the parameters that are trained."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.restart()
+
+    def restart(self) -> None:
+        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in self.parameters.items():
+            self.values[name].lerp_(p.detach(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the module have the average for a while."""
+        last = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._set(self.values)
+            yield
+        finally:
+            self._set(last)
+
+    def _set(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(values[name])
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:

@@ -97,8 +97,31 @@ def test_patience_is_a_share_of_the_budget_or_steps(patience):
     assert history.steps == 10 + 50
 
 
+def test_the_average_is_checked_and_kept_while_steps_go_on_from_the_last_state():
+    def states(average: float | None) -> tuple[list[Tensor], list[float], Tensor]:
+        module, seen = Quadratic(), []
+
+        def validate() -> float:
+            seen.append(module.w.detach().clone())
+            return -len(seen)  # the last is the best
+
+        history = fit(module, max_steps=40, check_every=1, validate=validate, average=average)
+        return seen, history.losses, module.w.detach()
+
+    last, losses, _ = states(None)
+    averages, same_losses, kept = states(0.9)
+    assert same_losses == losses
+    assert torch.equal(kept, averages[-1])
+    expected = last[0]
+    for t, (state, average) in enumerate(zip(last[1:], averages[1:], strict=True)):
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * state
+        torch.testing.assert_close(average, expected)
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
 @pytest.mark.parametrize("interrupted_at", [0, 3, 57])
-def test_ctrl_c_keeps_the_best_state_and_returns(interrupted_at):
+def test_ctrl_c_keeps_the_best_state_and_returns(interrupted_at, average):
     module = Quadratic()
     plain = module.loss
 
@@ -113,6 +136,7 @@ def test_ctrl_c_keeps_the_best_state_and_returns(interrupted_at):
         max_steps=200,
         validate=lambda: (module.w.detach() - 3).square().sum().item(),
         check_every=10,
+        average=average,
         progress=False,
     )
     assert history.stopped == "interrupted"
@@ -122,7 +146,8 @@ def test_ctrl_c_keeps_the_best_state_and_returns(interrupted_at):
         assert (module.w.detach() > 0).all()
 
 
-def test_resumed_fit_is_bitwise_the_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("average", [None, 0.95])
+def test_resumed_fit_is_bitwise_the_uninterrupted_one(tmp_path, average):
     data = torch.randn(50, 1, generator=torch.Generator().manual_seed(1))
 
     def run(stop_at: int | None, checkpoint):
@@ -143,6 +168,7 @@ def test_resumed_fit_is_bitwise_the_uninterrupted_one(tmp_path):
             batches=Minibatches((data,), 8),
             max_steps=120,
             check_every=10,
+            average=average,
             checkpoint=checkpoint,
             checkpoint_every=20,
             progress=False,
@@ -189,11 +215,16 @@ def misbehaving(module: Quadratic, bad_calls: range, value: float = math.nan) ->
     return Stage(loss, adam(module.parameters(), 0.1))
 
 
+@pytest.mark.parametrize("average", [None, 0.9])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_few_bad_steps_are_skipped(value):
+def test_a_few_bad_steps_are_skipped(value, average):
     module = Quadratic()
     history = train(
-        module, misbehaving(module, range(50, 55), value), max_steps=300, progress=False
+        module,
+        misbehaving(module, range(50, 55), value),
+        max_steps=300,
+        average=average,
+        progress=False,
     )
     assert history.skipped == [49, 50, 51, 52, 53]
     assert all(math.isnan(history.losses[i]) for i in history.skipped)
@@ -261,6 +292,7 @@ def test_another_error_puts_the_best_state_back():
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_seconds": -1.0}, "max_seconds is -1.0"),
         ({"check_every": 0}, "check_every is 0"),
+        ({"average": 1.0}, "average is 1.0"),
         ({"batches": []}, "gave no batch"),
     ],
 )
