@@ -31,6 +31,8 @@ PACKAGES = (
 )
 # A reading repeats a call until it takes this long, so that the clock does not count.
 SHORTEST_READING = 5e-3
+# A call that takes longer is run once.
+SLOW = 3.0
 
 
 @dataclass
@@ -63,21 +65,22 @@ def interleave(
 
     Args:
         calls: What to time, by name.
-        rounds: How many readings of each to take, after one that does not count.
+        rounds: How many readings to take of each.
         seconds: Begin no further round after this time, though one is always taken.
     """
-    repeats = {}
-    for name, call in calls.items():  # the first run warms up, the second says how long it takes
-        first = _reading(call, 1)
-        repeats[name] = 1
-        if first < 1.0:
-            repeats[name] = max(1, round(SHORTEST_READING / max(_reading(call, 1), 1e-6)))
-    readings: dict[str, list[float]] = {name: [] for name in calls}
+    # The first run warms up, unless the call is so slow that this hardly counts.
+    first = {name: _reading(call, 1) for name, call in calls.items()}
+    quick = {name: call for name, call in calls.items() if first[name] < SLOW}
+    repeats = {
+        name: max(1, round(SHORTEST_READING / max(_reading(call, 1), 1e-6)))
+        for name, call in quick.items()
+    }
+    readings = {name: [first[name]] if name not in quick else [] for name in calls}
     start = time.process_time()
     for done in range(rounds):
         if done and time.process_time() - start > seconds:
             break
-        for name, call in calls.items():
+        for name, call in quick.items():
             readings[name].append(_reading(call, repeats[name]))
     return {name: Timing(min(times), median(times)) for name, times in readings.items()}
 

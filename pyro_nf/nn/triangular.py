@@ -50,8 +50,9 @@ from torch.autograd.function import once_differentiable
 
 from pyro_nf.nn.masked import MaskedLinear, MaskedNet, features_first, propagate
 
-# Below this many groups halving costs more in calls than it saves in products.
-LEAF = 8
+# Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
+# more than MOST_GROUPS groups: there it costs more in calls than it saves in products.
+LEAF_UNITS, FEWEST_GROUPS, MOST_GROUPS = 32, 4, 16
 
 # For a few rows a whole pass costs little more than one group of the substitution: as much as
 # 1 + weights / WEIGHTS_PER_GROUP groups. So for up to FEW_ROWS rows passes are tried first, for at
@@ -131,24 +132,25 @@ class Link(NamedTuple):
     point: Callable[[int, Tensor], Tensor]
 
 
-def substitute(ring: Sequence[Link], first: int, last: int) -> None:
+def substitute(ring: Sequence[Link], leaf: int, first: int, last: int) -> None:
     """Computes the values of the groups from ``first`` to before ``last``.
 
     Args:
         ring: The links in the order in which a group is computed. The first link takes the values
             of the last one, and of earlier groups only.
+        leaf: How many groups are not halved any further.
         first: The first group. All products with the groups before it are in the sums already.
         last: One past the last group.
     """
-    if last - first <= LEAF:
+    if last - first <= leaf:
         return _substitute_group_by_group(ring, first, last)
     middle = (first + last) // 2
-    substitute(ring, first, middle)
+    substitute(ring, leaf, first, middle)
     for before, link in zip((ring[-1], *ring), ring, strict=False):
         rows = slice(link.sum_ends[middle], link.sum_ends[last])
         columns = slice(before.value_ends[first], before.value_ends[middle])
         link.sums[rows].addmm_(link.weight[rows, columns], before.values[columns])
-    substitute(ring, middle, last)
+    substitute(ring, leaf, middle, last)
 
 
 def _substitute_group_by_group(ring: Sequence[Link], first: int, last: int) -> None:
@@ -181,6 +183,13 @@ class _Plan(NamedTuple):
     skips: list[bool]
     masks: list[Tensor]
     groups: list[list[int]]
+
+    @property
+    def leaf(self) -> int:
+        """How many groups make a leaf of the substitution."""
+        widest = max((sum(sizes) for sizes in self.groups[1:-1]), default=1)
+        groups = LEAF_UNITS * len(self.groups[0]) // widest
+        return min(max(groups, FEWEST_GROUPS), MOST_GROUPS)
 
 
 class _Solve(torch.autograd.Function):
@@ -263,7 +272,7 @@ def _by_substitution(
         for k in range(len(values))
     ]
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, ends[-1], ends[0], output))
-    substitute(ring, 0, len(z))
+    substitute(ring, plan.leaf, 0, len(z))
     return z, ladj
 
 
@@ -370,7 +379,7 @@ def _by_transposed_substitution(
         sums = tau.new_zeros(ends[k][-1], tau.shape[-1])
         point = unit(turned(slopes[k - 1], groups[k]), plan.skips[k - 1])
         ring.append(Link(*transposed[k], sums, sums, ends[k], ends[k], point))
-    substitute(ring, 0, len(mu))
+    substitute(ring, plan.leaf, 0, len(mu))
     return mu.flip(0), theta_bar.flip(0)
 
 
