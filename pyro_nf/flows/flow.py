@@ -61,7 +61,7 @@ class Flow(nn.Module):
         >>> from pyro_nf.transforms.elementwise import Softsign
         >>> flow = Flow(Softsign(), DiagonalNormal(1, scale=3.0))
         >>> y = torch.tensor([[-0.8], [0.0], [0.8]])  # two humps, near -1 and near 1
-        >>> flow().log_prob(y).exp().round(decimals=2).tolist()
+        >>> [round(density, 2) for density in flow().log_prob(y).exp().tolist()]
         [1.37, 0.13, 1.37]
     """
 

@@ -306,7 +306,7 @@ def laplace_start(
         >>> import torch, pyro, pyro.distributions as dist
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(torch.tensor([500.0, -300.0]), 2.0).to_event(1))
-        >>> start = laplace_start(LogJoint(model))
+        >>> start = laplace_start(LogJoint(model), max_seconds=60.0)
         >>> start.loc.round().tolist(), (start.scale_tril.diagonal() * 10).round().tolist()
         ([500.0, -300.0], [20.0, 20.0])
     """
