@@ -407,15 +407,35 @@ class Posterior:
             chains=self.chains,
         )
 
-    def plot(self, sites: Sequence[str] | None = None) -> matplotlib.figure.Figure:
-        """Pair plot of the draws; needs the extra ``pyro-nf[plots]``.
+    def plot(
+        self,
+        what: Literal["pairs", "loss", "weights"] = "pairs",
+        *,
+        sites: Sequence[str] | None = None,
+    ) -> matplotlib.figure.Figure:
+        """A picture of the draws, of the fit, or of the weights; needs ``pyro-nf[plots]``.
 
         Args:
-            sites: Which sites; all scalar entries, at most six, by default.
-        """
-        from pyro_nf.plots import pair_plot
+            what: "pairs" for every entry against every other, "loss" for the loss of the fit,
+                "weights" for the importance weights from the largest to the smallest.
+            sites: The sites of "pairs"; the first six entries of all by default.
 
-        return pair_plot(self.samples if sites is None else {s: self.samples[s] for s in sites})
+        Raises:
+            ValueError: If there is no such picture.
+            RuntimeError: If there is no history, or there are no weights, to draw.
+            ImportError: If matplotlib is missing.
+        """
+        from pyro_nf.plots import loss_curve, pair_plot, weights_plot
+
+        if what == "pairs":
+            return pair_plot(self.samples if sites is None else {s: self.samples[s] for s in sites})
+        if what == "weights":
+            return weights_plot(self._weighted())
+        if what != "loss":
+            raise ValueError(f"Posterior.plot: wanted 'pairs', 'loss' or 'weights', got {what!r}.")
+        if self.history is None:
+            raise RuntimeError("Posterior.plot: these draws come without the history of a fit.")
+        return loss_curve(self.history, ylabel="-ELBO")
 
 
 def _flat_normal(guide: AutoNormal, sites: Sequence[str]) -> dist.TorchDistribution:

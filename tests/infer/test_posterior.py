@@ -443,3 +443,16 @@ def test_a_density_that_is_zero_for_all_draws() -> None:
     guide = AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))).setup()
     with pytest.raises(ValueError, match="not finite"):
         Posterior.from_guide(guide, model)
+
+
+def test_pictures() -> None:
+    fit = fit_svi(conjugate, max_steps=60, progress=False)
+    posterior = fit.posterior(300)
+    for what in ("pairs", "loss", "weights"):
+        assert posterior.plot(what).axes
+    with pytest.raises(ValueError, match="'tails'"):
+        posterior.plot("tails")
+    with pytest.raises(RuntimeError, match="no weights"):
+        posterior.resample().plot("weights")
+    with pytest.raises(RuntimeError, match="without the history"):
+        Posterior.from_guide(fit.guide, num_draws=300).plot("loss")
