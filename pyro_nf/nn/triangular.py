@@ -65,6 +65,7 @@ WEIGHTS_PER_GROUP = 60_000
 Map = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@torch.compiler.disable  # a compiler would unroll all groups
 def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Finds ``z`` with :math:`z = g(v; \operatorname{net}(z, c))` for the price of about one pass.
 
@@ -73,7 +74,7 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
 
     Args:
         net: The network of :math:`\theta`.
-        g: One direction of a univariate map.
+        g: One direction of a univariate map. It is called in inference mode first.
         v: Shape ``(..., D)``.
         context: Shape ``(..., C)``, whose batch broadcasts to that of ``v``; None if there is none.
 
