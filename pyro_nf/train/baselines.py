@@ -22,6 +22,9 @@ PATIENCE_GAIN = 1e-3
 """EM ends when the mean log density of a row rises by less."""
 
 MOST_ITERATIONS = 100
+MOST_WORK = 2e10
+"""Products that EM may take for one size: some seconds, so that no table takes minutes."""
+
 MOST_ROWS = 20_000
 MOST_ENTRIES = 30_000_000  # of the table of products, which has D^2 columns
 ROWS_PER_COMPONENT = 10
@@ -44,7 +47,8 @@ def fit_gaussian_mixture(
 
     Each starts from k-means. Some very wide components with the weight of a single row are added:
     a row far from all others then costs a bounded amount and not the square of its distance. EM
-    runs in float64.
+    runs in float64. A component needs more rows than columns: for a table too wide even for one
+    the standard normal stays, which with whitened rows is a full Gaussian.
 
     *Maximum Likelihood from Incomplete Data via the EM Algorithm* (Dempster, Laird, Rubin, 1977).
 
@@ -68,29 +72,37 @@ def fit_gaussian_mixture(
     """
     end = clock() + max_seconds
     n, dtype = len(x), x.dtype
-    most_rows = min(MOST_ROWS, max(MOST_ENTRIES // x.shape[1] ** 2, 100))
+    d = x.shape[1]
+    most_rows = min(MOST_ROWS, max(MOST_ENTRIES // d**2, 1))
     if n > most_rows:
         x = x[torch.randperm(n, generator=generator)[:most_rows].to(x.device)]
     x, validation = x.double(), validation.double()
     products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
-    best = GaussianMixture(x.shape[1], 1).to(x)
-    best_value = -math.inf
+    best = GaussianMixture(d, 1).to(x)
+    best_value = _mean_log_prob(best, validation)
     for k in _SIZES:
-        if k > 1 and (k * ROWS_PER_COMPONENT > len(x) or clock() >= end):
+        iterations = min(MOST_ITERATIONS, int(MOST_WORK / (k * products.numel())))
+        if k * max(ROWS_PER_COMPONENT, d) > len(x) or iterations == 0 or (k > 1 and clock() >= end):
             break
-        mixture = _em(x, products, k, generator, lambda: clock() >= end)
-        with torch.no_grad():
-            value = mixture().log_prob(validation).mean().item()
-        if not value > best_value:
+        mixture = _em(x, products, k, iterations, generator, lambda: clock() >= end)
+        value = _mean_log_prob(mixture, validation)
+        if k > 1 and not value > best_value:
             break
-        best, best_value = mixture, value
+        if value > best_value:
+            best, best_value = mixture, value
     return best.to(dtype)
+
+
+def _mean_log_prob(mixture: GaussianMixture, x: Tensor) -> float:
+    with torch.no_grad():
+        return mixture().log_prob(x).mean().item()
 
 
 def _em(
     x: Tensor,
     products: Tensor,
     k: int,
+    iterations: int,
     generator: torch.Generator | None,
     out_of_time: Callable[[], bool],
 ) -> GaussianMixture:
@@ -106,7 +118,7 @@ def _em(
     nearest = _k_means(x, k, generator)
     responsibility = torch.nn.functional.one_hot(nearest, k).to(x)
     last = -math.inf
-    for _ in range(MOST_ITERATIONS):
+    for _ in range(iterations):
         log_weights, means, factors = _maximise(x, products, responsibility)
         log_dets = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         narrow = GaussianMixtureDistribution(log_weights, means, factors, log_dets)
@@ -172,7 +184,8 @@ class GaussianCopula:
     Analysis* (Silverman, 1986).
 
     Args:
-        y: Rows, shape ``(N, D)``; of more than 500 an even part gives the kernels.
+        y: Rows, shape ``(N, D)``; of more than 500, or fewer if it is wide, an even part
+            gives the kernels.
 
     Example:
         >>> copula = GaussianCopula(torch.linspace(-2, 2, 200)[:, None])
@@ -181,8 +194,9 @@ class GaussianCopula:
     """
 
     def __init__(self, y: Tensor) -> None:
-        n = len(y)
-        self.kernels = y[:: math.ceil(n / _MOST_KERNELS)].double()
+        n, d = y.shape
+        count = min(_MOST_KERNELS, max(int((_MOST_KERNEL_VALUES / d) ** 0.5), 50))
+        self.kernels = y[:: math.ceil(n / count)].double()
         low, high = torch.quantile(
             y[:: math.ceil(n / MOST_ROWS)].double(), _QUARTILES.to(y.device), 0
         )
@@ -220,5 +234,6 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _HALF = 0.5 * math.log(2 * math.pi)
 _QUARTILES = torch.tensor([0.25, 0.75], dtype=torch.float64)
 _MOST_KERNELS = 500
+_MOST_KERNEL_VALUES = 20_000_000  # of all kernels at the centres of all, in every column
 _ROWS_AT_ONCE = 256
 _SMALLEST_TAIL = 1e-12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pyro_nf.flows.student import StudentT
 from pyro_nf.train.baselines import GaussianCopula, fit_gaussian_mixture
 from pyro_nf.train.density import fit_density
 from pyro_nf.train.start import AsGiven, Standardised, Whitened
+from pyro_nf.transforms.linear import LULinear
 
 
 def draws(*shape: int, seed: int = 0) -> Tensor:
@@ -227,6 +229,18 @@ def test_bad_context_and_validation():
 
 def test_two_rows_are_enough():
     assert math.isfinite(fit(small(2), draws(2, 2), max_steps=10).validation)
+
+
+def test_baselines_of_a_wide_table_take_seconds():
+    x = 5 + draws(500, 300) @ (torch.eye(300) + 0.1 * draws(300, 300, seed=1))
+    flow = nsf(300, count_layers=1, hidden_dims=(8,))
+    before = time.process_time()
+    result = fit(flow, x, max_steps=2, starts=(Whitened(),))
+    assert time.process_time() - before < 20
+    plain = Flow(LULinear(300))
+    Whitened()(plain, x, None)
+    assert result.baselines["Gaussian mixture"] < loss(plain, x) + 100  # a full Gaussian at least
+    assert math.isfinite(result.baselines["Gaussian copula"])
 
 
 def test_mixture_by_em_finds_its_clusters():
