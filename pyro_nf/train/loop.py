@@ -31,6 +31,10 @@ RETREAT = 0.5
 """Factor on the learning rate after each retreat."""
 
 
+PATIENCE_GAIN = 1e-3
+"""A metric, in nats, that is better by less does not renew the patience."""
+
+
 @dataclass
 class History:
     """What happened in a fit.
@@ -287,7 +291,7 @@ def train(
                         run.write(checkpoint)
                         written = history.steps
             history.stopped = reason
-            if checkpoint is not None and history.steps > written and run.is_checked:
+            if checkpoint is not None and history.steps > written:
                 run.write(checkpoint)
             run.check()
     except KeyboardInterrupt:
@@ -417,7 +421,9 @@ class _Run:
         # The start does not count: a settled state is worse at first under a high learning rate.
         checks = zip(history.checked_values, history.checked_steps, strict=True)
         later = [(value, step) for value, step in checks if step > 0 and not math.isnan(value)]
-        _, best_step = min(later, default=(math.nan, 1))
+        least = min((value for value, _ in later), default=math.nan)
+        # what is gained by less than anybody can see is not worth waiting for
+        best_step = next((step for value, step in later if value <= least + PATIENCE_GAIN), 1)
         if isinstance(patience, int):
             return "patience" if history.steps - best_step >= patience else ""
         now = budget.share(history.steps, budget.seconds())

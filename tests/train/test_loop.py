@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,3 +315,28 @@ def test_minibatches_visit_every_row_once_a_pass():
 def test_progress_bar_shows_the_metric(capsys):
     fit(Quadratic(), progress=True, metric="-ELBO")
     assert "-ELBO" in capsys.readouterr().err
+
+
+def test_gains_that_nobody_sees_do_not_renew_patience() -> None:
+    module = nn.Linear(1, 1)
+    values = iter(1 - 1e-6 * i for i in range(10_000))
+    history = train(
+        module,
+        Stage(lambda _: module.weight.square().sum(), adam(module.parameters())),
+        validate=lambda: next(values),
+        max_steps=5000,
+        check_every=10,
+        patience=100,
+        progress=False,
+    )
+    assert history.stopped == "patience"
+    assert history.steps <= 120
+
+
+def test_the_end_is_written_wherever_it_lies(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    module = nn.Linear(1, 1)
+    stage = Stage(lambda _: module.weight.square().sum(), adam(module.parameters()))
+    history = train(module, stage, max_steps=60, check_every=50, checkpoint=path, progress=False)
+    assert history.steps == 60
+    assert path.exists()
