@@ -21,7 +21,7 @@ from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint, Model
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.recipe import Pace, choose_pace, posterior_stages
+from pyro_nf.infer.recipe import AVERAGE, Pace, choose_pace, flow_elbo, posterior_stages
 from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
@@ -33,7 +33,7 @@ from pyro_nf.train.randomness import own_randomness
 _MAX_STEPS = 2000
 # Shares of the seconds that recording the log joint, the start, and the search for separate pieces
 # may take.
-_TRACE_SHARE, _START_SHARE, _PIECES_SHARE = 0.1, 0.3, 0.1
+_TRACE_SHARE, _START_SHARE, _PIECES_SHARE = 0.15, 0.3, 0.1
 # A fit that is bounded by steps alone looks at no clock, so that it can be repeated to the last
 # bit: its start ends by itself, long before this.
 _LONGEST_START = 60.0
@@ -124,7 +124,8 @@ def fit_svi(
     (:func:`~pyro_nf.infer.start.laplace_start`), or from a mixture if the posterior is in separate
     pieces (:func:`~pyro_nf.infer.tempering.separated_mixture`), learns its affine part first and
     then everything (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the
-    sticking-the-landing gradient.
+    sticking-the-landing gradient. What is kept is a moving average of the parameters, at the check
+    where its ELBO by a fixed set of draws was best; the start is checked too.
 
     Ctrl-C ends the fit and keeps the best state. A particle whose log density is not finite counts
     for nothing in its step; a step in which all of them fail, or whose gradient is not finite, is
@@ -194,8 +195,8 @@ def fit_svi(
             )
         pace = Pace() if num_particles is None else Pace(num_particles)
         if max_seconds is not None:  # both look at the clock, so that the fit cannot be repeated
-            pace = choose_pace(joint) if num_particles is None else pace
-            joint.trace(pace.count_particles, max_seconds=seconds.share(_TRACE_SHARE))
+            pace = choose_pace(joint, 0.5 * max_seconds) if num_particles is None else pace
+            joint.trace(pace.count_particles, seconds.share(_TRACE_SHARE), clock)
         start: Start | GaussianMixture | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
             count = load_settings(checkpoint).get("count_components", 1)
@@ -209,13 +210,15 @@ def fit_svi(
     )
     if progress:
         tqdm.write(f"fit_svi: {choice}", file=sys.stderr)
-    watched = _Watched(objective or ELBO())
+    flow, watched = guide._ready(), _Watched(objective or ELBO())
     history = train(
-        guide._ready(),
-        posterior_stages(guide._ready(), joint, objective=watched, pace=pace),
+        flow,
+        posterior_stages(flow, joint, objective=watched, pace=pace),
         max_steps=max_steps,
         max_seconds=None if max_seconds is None else max(max_seconds - (clock() - began), 1e-3),
+        validate=None if objective else lambda: -flow_elbo(flow, joint, seed=seed),
         patience=patience,
+        average=AVERAGE,
         seed=seed,
         progress=progress,
         metric="-ELBO",

@@ -205,12 +205,14 @@ class _SafeLinalg(TorchFunctionMode):
     It also ends a trace that passes its deadline.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(
+        self, deadline: float | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         super().__init__()
-        self.deadline = deadline
+        self.deadline, self.clock = deadline, clock
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.deadline is not None and time.perf_counter() > self.deadline:
+        if self.deadline is not None and self.clock() > self.deadline:
             raise _TraceTimeout
         kwargs = kwargs or {}
         safe = _SAFE.get(func)
@@ -690,7 +692,12 @@ class LogJoint:
         """The coordinates (D,) of a draw of the prior; 0 for flat priors, which have no draws."""
         return self.init(init_to_sample, seed)
 
-    def trace(self, batch_size: int, max_seconds: float = 1.0) -> bool:
+    def trace(
+        self,
+        batch_size: int,
+        max_seconds: float = 1.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> bool:
         """Records the operations of `value_and_grad` for batches of one size, to replay them.
 
         A replay skips Pyro's handlers, the distribution objects and autograd. A model with
@@ -699,6 +706,7 @@ class LogJoint:
         Args:
             batch_size: S.
             max_seconds: give up when recording takes longer, or is expected to.
+            clock: what the seconds are counted with.
 
         Returns:
             Whether there is a recording now. It has been compared with the model itself, and it
@@ -716,11 +724,11 @@ class LogJoint:
             generator=torch.Generator().manual_seed(0),
         )
         z = self.init_loc + 0.1 * noise.to(self.init_loc.device)
-        start = time.perf_counter()
+        start = clock()
         log_prob, grad = self.value_and_grad(z)
-        if _TRACE_COST * (time.perf_counter() - start) > max_seconds:
+        if _TRACE_COST * (clock() - start) > max_seconds:
             return False
-        deadline = time.perf_counter() + max_seconds
+        deadline = clock() + max_seconds
 
         def both(z: Tensor) -> tuple[Tensor, Tensor]:
             z = z.detach().requires_grad_()
@@ -732,7 +740,7 @@ class LogJoint:
         try:
             with _fast_pyro(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with _SafeLinalg(deadline):
+                with _SafeLinalg(deadline, clock):
                     graph = make_fx(both)(z)
             _fold_constants(graph)
             # Another point: what the recording took for a constant shows here.

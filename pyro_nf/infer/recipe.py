@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from pyro_nf.flows.flow import Flow
@@ -15,6 +17,7 @@ from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
 from pyro_nf.infer.tempering import mixture_draws
 from pyro_nf.train.loop import Stage, adam, warm_cosine
+from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain, FlowTransform
@@ -28,12 +31,17 @@ AFFINE_SHARE = 0.25
 AFFINE_RATES = (2e-2, 1e-3)
 FLOW_RATE = 5e-3
 BETAS = (0.9, 0.99)
-# A batch of the log joint that costs more seconds than this leaves time for few steps only. Most of
-# it is overhead of many small operations, so that more particles come nearly free; their smaller
-# noise allows larger steps.
-SLOW_SECONDS = 5e-3
-SLOW_PARTICLES = 256
-SLOW_RATE = 1e-2
+# More particles make the tails of the fit better, if they leave this many steps.
+MANY_PARTICLES = 256
+ENOUGH_STEPS = 500
+# Steps count for more where there are few of them, and go further.
+FEW_RATE = 1e-2
+# A batch of many particles that costs at most this many times one of few is nearly free.
+NEARLY_FREE = 1.5
+# Decay of the moving average of the parameters that is kept.
+AVERAGE = 0.99
+# Draws that a state is judged by; always the same, so that states are compared without their noise.
+CHECK_PARTICLES = 512
 
 
 def affine_base(start: Start, rank: int = 16) -> Chain:
@@ -102,14 +110,36 @@ class Step:
         self.count_particles = count_particles
 
     def __call__(self, batch: object = None) -> Tensor:
-        base = self.flow.base
-        if isinstance(base, GaussianMixture):
-            x, weights = mixture_draws(base, self.count_particles)
-            self.last = self.objective(self.flow, self.joint, x, weights)
-        else:
-            x = base().sample((self.count_particles,))
-            self.last = self.objective(self.flow, self.joint, x)
+        x, weights = base_draws(self.flow, self.count_particles)
+        self.last = self.objective(self.flow, self.joint, x, weights)
         return self.last.loss
+
+
+def base_draws(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:
+    """Draws of a flow's base (S, D), and their weights (S,) if they are stratified."""
+    if isinstance(flow.base, GaussianMixture):
+        return mixture_draws(flow.base, count)
+    return flow.base().sample((count,)), None
+
+
+def flow_elbo(
+    flow: Flow, joint: DifferentiableLogJoint, count: int = CHECK_PARTICLES, seed: int = 0
+) -> float:
+    """The ELBO of a flow by draws that depend on the seed only; NaN if none of them is finite.
+
+    Args:
+        flow: q.
+        joint: p.
+        count: Draws.
+        seed: Of the draws; the global generators are left as they were.
+    """
+    with torch.no_grad(), own_randomness(seed):
+        x, weights = base_draws(flow, count)
+        z, ladj = flow.transform.forward_and_ladj(x)
+        log_w = joint.log_prob(z) - flow.base().log_prob(x) + ladj
+        ok = torch.isfinite(log_w)
+        weights = ok.to(log_w) * (torch.ones_like(log_w) if weights is None else weights)
+        return float((weights * torch.where(ok, log_w, 0.0)).sum() / weights.sum())
 
 
 @dataclass(frozen=True)
@@ -125,23 +155,28 @@ class Pace:
     rate: float = FLOW_RATE
 
 
-def choose_pace(joint: LogJoint) -> Pace:
-    """Few large steps where the log joint is slow, many small ones else.
+def choose_pace(joint: LogJoint, max_seconds: float) -> Pace:
+    """Many particles where they leave enough steps, or cost hardly more than few.
 
     Args:
-        joint: The log joint density; it is evaluated four times.
+        joint: The log joint density; it is evaluated a few times.
+        max_seconds: What the steps may take.
     """
 
     def seconds(count: int) -> float:
         z = joint.init_loc.expand(count, -1)
-        begin = time.process_time()
-        joint.value_and_grad(z)
-        return time.process_time() - begin
+        return min(_seconds(lambda: joint.value_and_grad(z)) for _ in range(2))
 
-    slow = min(seconds(COUNT_PARTICLES) for _ in range(2))
-    if slow < SLOW_SECONDS or seconds(SLOW_PARTICLES) > 2 * slow:
-        return Pace()
-    return Pace(SLOW_PARTICLES, SLOW_RATE)
+    few, many = seconds(COUNT_PARTICLES), seconds(MANY_PARTICLES)
+    if ENOUGH_STEPS * many < max_seconds:
+        return Pace(MANY_PARTICLES)
+    return Pace(MANY_PARTICLES, FEW_RATE) if many < NEARLY_FREE * few else Pace()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
 
 
 def posterior_stages(

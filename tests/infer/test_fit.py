@@ -165,14 +165,14 @@ def test_the_best_state_is_kept_when_the_fit_ends_badly() -> None:
 
 @pytest.mark.parametrize("first", [50, 73])
 def test_resuming_equals_an_uninterrupted_fit(first: int, tmp_path: Path) -> None:
-    whole = fit(max_steps=150)
+    never, interrupt = (Interrupt(step, KeyboardInterrupt()) for step in (1000, first))
+    whole = fit(max_steps=150, objective=never)
     path = tmp_path / "fit"
-    interrupt = Interrupt(first, KeyboardInterrupt())
     stopped = fit(max_steps=150, checkpoint=path, checkpoint_every=50, objective=interrupt)
     assert stopped.history.steps == first
     torch.manual_seed(99)
     pyro.clear_param_store()
-    resumed = fit(max_steps=150, checkpoint=path)
+    resumed = fit(max_steps=150, checkpoint=path, objective=never)
     assert resumed.start is None
     assert resumed.history.losses == whole.history.losses
     assert resumed.history.checked_values == whole.history.checked_values
