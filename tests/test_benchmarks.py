@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks import __main__ as everything
+from benchmarks import density
 from benchmarks.timing import Figure, Timing, ratio, table
 
 
@@ -18,6 +19,14 @@ def test_speed_runs_and_writes_its_page(tmp_path: Path) -> None:
     for section in sections.values():
         for figure in section["figures"]:
             assert figure["name"] in text
+
+
+def test_densities_are_fitted_and_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    density.main(["--smoke", "--methods", "pyro_nf,sklearn mixture", "--markdown", str(page)])
+    text = page.read_text()
+    assert "| test NLL, nats | seeds | moons |" in text
+    assert "| pyro_nf | 1 | " in text
 
 
 def test_a_bound_that_is_missed_is_said() -> None:
