@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from itertools import pairwise
-from typing import Any, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,27 @@ from pyro_nf._checks import check_count, check_dims
 MAX_STRIPS = 8
 MIN_STRIP = 32
 WORTH_STRIPS = 16_000_000
+
+
+class Groups(NamedTuple):
+    """How the sorted entries of a layer fall into groups, one for each coordinate.
+
+    Attributes:
+        sizes: How many entries each group has, ``D`` numbers.
+        ends: Where the groups begin and end, ``D + 1`` numbers.
+    """
+
+    sizes: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, sizes: list[int]) -> Groups:
+        """The groups of these sizes."""
+        return cls(sizes, [0, *accumulate(sizes)])
+
+    def span(self, first: int, last: int) -> slice:
+        """The entries of the groups from ``first`` to before ``last``."""
+        return slice(self.ends[first], self.ends[last])
 
 
 class MaskedNet(nn.Module):
@@ -55,8 +76,7 @@ class MaskedNet(nn.Module):
     Attributes:
         layers: The :class:`MaskedLinear` layers, ``L + 1`` of them.
         skips: For each layer after the first, whether it has a skip.
-        groups: For ``x``, each hidden layer and the parameters: how many entries belong to each
-            coordinate.
+        groups: For ``x``, each hidden layer and the parameters: which belong to each coordinate.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -99,7 +119,7 @@ class MaskedNet(nn.Module):
         self.skips = [residual and a == b for a, b in pairwise(hidden_dims)]
         if hidden_dims:
             self.skips.append(False)
-        self.groups = [units.bincount(minlength=input_dim).tolist() for units in degrees]
+        self.groups = [Groups.of(units.bincount(minlength=input_dim).tolist()) for units in degrees]
         self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
         self.activation = activation() if any(self.skips) else _in_place(activation())
         nn.init.zeros_(layers[-1].weight)

@@ -41,14 +41,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyro_nf.nn.masked import MaskedLinear, MaskedNet, features_first, propagate
+from pyro_nf.nn.masked import Groups, MaskedLinear, MaskedNet, features_first, propagate
 
 # Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
 # more than MOST_GROUPS groups: there it costs more in calls than it saves in products.
@@ -98,7 +97,9 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
     offset, columns = net.offset(v.shape[:-1], context), features_first(v)
     with torch.no_grad():
         start = offset.expand(-1, columns.shape[-1])
-        z, ladj = _Solve.apply(plan, columns, start, *weights, *biases[1:])
+        # apply serves vmap alone, and costs as much as one coordinate does
+        run = _Solve.apply if torch._C._are_functorch_transforms_active() else _Solve.forward
+        z, ladj = run(plan, columns, start, *weights, *biases[1:])
         z, ladj = z.T.reshape(v.shape), ladj.reshape(v.shape[:-1])
     if not (
         torch.is_grad_enabled() and any(t.requires_grad for t in (v, offset, *weights, *biases))
@@ -119,8 +120,8 @@ class Link(NamedTuple):
         mask: 1 where the weight counts.
         sums: Starts as the bias, collects products.
         values: What ``point`` makes of the sums. May be the same tensor.
-        sum_ends: Where the groups of the sums begin and end, ``D + 1`` numbers.
-        value_ends: The same of the values.
+        sum_groups: The groups of the sums.
+        value_groups: The groups of the values.
         point: ``(i, finished sums of group i) -> values of group i``.
     """
 
@@ -128,8 +129,8 @@ class Link(NamedTuple):
     mask: Tensor
     sums: Tensor
     values: Tensor
-    sum_ends: list[int]
-    value_ends: list[int]
+    sum_groups: Groups
+    value_groups: Groups
     point: Callable[[int, Tensor], Tensor]
 
 
@@ -148,8 +149,8 @@ def substitute(ring: Sequence[Link], leaf: int, first: int, last: int) -> None:
     middle = (first + last) // 2
     substitute(ring, leaf, first, middle)
     for before, link in zip((ring[-1], *ring), ring, strict=False):
-        rows = slice(link.sum_ends[middle], link.sum_ends[last])
-        columns = slice(before.value_ends[first], before.value_ends[middle])
+        rows = link.sum_groups.span(middle, last)
+        columns = before.value_groups.span(first, middle)
         link.sums[rows].addmm_(link.weight[rows, columns], before.values[columns])
     substitute(ring, leaf, middle, last)
 
@@ -157,20 +158,21 @@ def substitute(ring: Sequence[Link], leaf: int, first: int, last: int) -> None:
 def _substitute_group_by_group(ring: Sequence[Link], first: int, last: int) -> None:
     steps: list[list[tuple[Any, ...]]] = [[] for _ in range(first, last)]
     for before, link in zip((ring[-1], *ring), ring, strict=False):
-        rows = slice(link.sum_ends[first], link.sum_ends[last])
-        columns = slice(before.value_ends[first], before.value_ends[last])
-        sum_sizes = [b - a for a, b in pairwise(link.sum_ends[first : last + 1])]
-        value_sizes = [b - a for a, b in pairwise(link.value_ends[first : last + 1])]
+        rows = link.sum_groups.span(first, last)
+        columns = before.value_groups.span(first, last)
+        sizes = link.sum_groups.sizes[first:last]
         # Weights to be masked are near the diagonal only. A group multiplies all columns of the
         # leaf: those that are not computed yet have weight 0.
-        weights = (link.weight[rows, columns] * link.mask[rows, columns]).split(sum_sizes)
-        sums = link.sums[rows].split(sum_sizes)
+        known = before.values[columns]
+        weights = (link.weight[rows, columns] * link.mask[rows, columns]).split_with_sizes(sizes)
+        sums = link.sums[rows].split_with_sizes(sizes)
         values = sums
         if link.values is not link.sums:
-            values = link.values[link.value_ends[first] : link.value_ends[last]].split(value_sizes)
-        for step, size, *group in zip(steps, sum_sizes, weights, sums, values, strict=True):
+            leaf = link.values[link.value_groups.span(first, last)]
+            values = leaf.split_with_sizes(link.value_groups.sizes[first:last])
+        for step, size, *group in zip(steps, sizes, weights, sums, values, strict=True):
             if size:  # narrow layers have no unit of some degrees
-                step.append((link.point, before.values[columns], *group))
+                step.append((link.point, known, *group))
     for i, step in enumerate(steps, start=first):
         for point, known, weight, sums_i, values_i in step:
             values_i.copy_(point(i, sums_i.addmm_(weight, known)))
@@ -183,14 +185,14 @@ class _Plan(NamedTuple):
     activation: nn.Module
     skips: list[bool]
     masks: list[Tensor]
-    groups: list[list[int]]
+    groups: list[Groups]
 
     @property
     def leaf(self) -> int:
         """How many groups make a leaf of the substitution."""
-        widest = max((sum(sizes) for sizes in self.groups[1:-1]), default=1)
-        groups = LEAF_UNITS * len(self.groups[0]) // widest
-        return min(max(groups, FEWEST_GROUPS), MOST_GROUPS)
+        widest = max((groups.ends[-1] for groups in self.groups[1:-1]), default=1)
+        count = LEAF_UNITS * len(self.groups[0].sizes) // widest
+        return min(max(count, FEWEST_GROUPS), MOST_GROUPS)
 
 
 class _Solve(torch.autograd.Function):
@@ -241,12 +243,12 @@ def _by_substitution(
     plan: _Plan, v: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     r"""The ring :math:`z \to s_1 \to \dots \to s_L \to \theta \to z`."""
-    ends = [[0, *accumulate(sizes)] for sizes in plan.groups]
+    z_groups, *groups = plan.groups
     # Fresh memory is dear, so values take the place of what they are computed from.
     z, ladj = v.clone(), v.new_zeros(v.shape[-1])
     v_of = z.unbind()
-    sums = [start.clone(memory_format=torch.contiguous_format)]
-    sums += [bias.repeat(1, v.shape[-1]) for bias in biases]
+    starts = (start, *(bias.expand(-1, v.shape[-1]) for bias in biases))
+    sums = [start.clone(memory_format=torch.contiguous_format) for start in starts]
     values = sums[:-1]
     if any(plan.skips):  # which need the sums when the values are there
         values = [torch.zeros_like(s) for s in values]
@@ -267,12 +269,10 @@ def _by_substitution(
 
     skips = (False, *plan.skips)
     ring = [
-        Link(
-            weights[k], plan.masks[k], sums[k], values[k], ends[k + 1], ends[k + 1], unit(skips[k])
-        )
+        Link(weights[k], plan.masks[k], sums[k], values[k], groups[k], groups[k], unit(skips[k]))
         for k in range(len(values))
     ]
-    ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, ends[-1], ends[0], output))
+    ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, groups[-1], z_groups, output))
     substitute(ring, plan.leaf, 0, len(z))
     return z, ladj
 
@@ -346,15 +346,14 @@ def _by_transposed_substitution(
 
     The last group comes first, so everything is turned round.
     """
-    groups = [sizes[::-1] for sizes in plan.groups]
-    ends = [[0, *accumulate(sizes)] for sizes in groups]
+    groups = [Groups.of(groups.sizes[::-1]) for groups in plan.groups]
     transposed = [
         (weight.T.flip(0, 1), mask.T.flip(0, 1))
         for weight, mask in zip(weights, plan.masks, strict=True)
     ]
 
-    def turned(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        return t.flip(0).contiguous().split(sizes)
+    def turned(t: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+        return t.flip(0).contiguous().split(groups.sizes)
 
     *slopes, slope_theta = slopes
     tau_of, theta_slope_of = turned(tau, groups[-1]), turned(slope_theta, groups[-1])
@@ -373,13 +372,13 @@ def _by_transposed_substitution(
 
         return point
 
-    mu = tau.new_zeros(ends[0][-1], tau.shape[-1])
+    mu = tau.new_zeros(groups[0].ends[-1], tau.shape[-1])
     theta_bar = tau.new_zeros(tau.shape)
-    ring = [Link(*transposed[0], mu, theta_bar, ends[0], ends[-1], parameters)]
+    ring = [Link(*transposed[0], mu, theta_bar, groups[0], groups[-1], parameters)]
     for k in reversed(range(1, len(weights))):
-        sums = tau.new_zeros(ends[k][-1], tau.shape[-1])
+        sums = tau.new_zeros(groups[k].ends[-1], tau.shape[-1])
         point = unit(turned(slopes[k - 1], groups[k]), plan.skips[k - 1])
-        ring.append(Link(*transposed[k], sums, sums, ends[k], ends[k], point))
+        ring.append(Link(*transposed[k], sums, sums, groups[k], groups[k], point))
     substitute(ring, plan.leaf, 0, len(mu))
     return mu.flip(0), theta_bar.flip(0)
 
