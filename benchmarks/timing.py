@@ -59,7 +59,7 @@ def one_thread() -> None:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 40, seconds: float = 15.0
+    calls: Mapping[str, Callable[[], object]], rounds: int = 40, seconds: float = 8.0
 ) -> dict[str, Timing]:
     """Times calls in turn.
 
