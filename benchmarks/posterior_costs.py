@@ -1,0 +1,230 @@
+"""What a posterior costs: steps, time to trust, chains, a thousand dimensions.
+
+    python -m benchmarks.posterior_costs [step] [time] [neutra] [big] [--json FILE] [--smoke]
+
+Every figure is measured in process CPU seconds on one thread, readings in turn. `big` alone counts
+wall seconds and the memory of the whole process, so it comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import cast
+
+import arviz
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.timing import Figure, add_to, interleave, one_thread, ratio, table
+from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.recipes import iaf
+from pyro_nf.infer.fit import fit_svi
+from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.joint import LogJoint, init_anywhere
+from pyro_nf.infer.objectives import ELBO, Reparameterised, StickTheLanding
+from pyro_nf.infer.recipe import Step
+from pyro_nf.infer.refine import Chains, neutra
+from pyro_nf.train.loop import adam
+from pyro_nf.transforms.affine import FixedAffine
+from tests.reference_models import exact_targets
+
+SMALL = ("eight_schools_centred", "eight_schools_noncentred", "kilpisjarvi", "logmesquite_logvas")
+BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+MEBIBYTE = 2**10  # in the kibibytes of getrusage
+
+
+def svi_step(smoke: bool) -> list[Figure]:
+    """One step of inverse autoregressive guides of two layers of 64 units on eight schools."""
+    r = models.reference("eight_schools_centred")
+    figures = []
+    for count, must, aim in ((1, 0.55, 0.3), (16, 0.5, 0.25)):
+        calls: dict[str, Callable[[], object]] = {}
+        for name, gradient in (("ours", StickTheLanding()), ("ours, plain", Reparameterised())):
+            guide = AutoFlow(r.model, lambda dim: iaf(dim, count_layers=2, hidden_dims=(64,)))
+            guide.setup(*r.args)
+            joint = LogJoint(r.model, r.args)
+            joint.trace(count, max_seconds=20.0)
+            calls[name] = _training_step(guide.flow, joint, ELBO(gradient), count)
+        pyro.clear_param_store()
+        theirs = AutoIAFNormal(r.model, hidden_dim=[64], num_transforms=2)
+        loss = Trace_ELBO(num_particles=count, vectorize_particles=count > 1)
+        svi = SVI(r.model, theirs, pyro.optim.ClippedAdam({"lr": 1e-3}), loss)
+        calls["AutoIAFNormal"] = lambda svi=svi: svi.step(*r.args)
+        times = interleave(calls, rounds=1 if smoke else 7)
+        peer = {"AutoIAFNormal": times["AutoIAFNormal"]}
+        title = f"SVI step, {count} particle(s)"
+        figures.append(ratio(title, times["ours"], peer, must, aim))
+        figures.append(ratio(f"{title}, plain gradient", times["ours, plain"], peer, must, aim))
+    return figures
+
+
+def _training_step(
+    flow: Flow, joint: LogJoint, objective: ELBO, count: int
+) -> Callable[[], object]:
+    loss, optimizer = Step(flow, joint, objective, count), adam(flow.parameters(), 1e-3)
+    parameters = list(flow.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+
+    return step
+
+
+def time_to_trust(smoke: bool) -> list[Figure]:
+    """Seconds of the shortest fit with k-hat < 0.7 over those of Pyro's NUTS, 500 + 1000 draws."""
+    figures = []
+    for name in SMALL[-1:] if smoke else SMALL:
+        r = models.reference(name)
+        for budget in BUDGETS:
+            begin = time.process_time()
+            fit = fit_svi(
+                r.model, args=r.args, max_seconds=budget, progress=False, clock=time.process_time
+            )
+            ours = time.process_time() - begin
+            if fit.posterior(10_000).khat < 0.7:
+                break
+        else:
+            ours = math.inf
+        pyro.set_rng_seed(0)
+        # Pyro draws flat priors when it first runs a model; they have none, so they get a value.
+        init = init_anywhere(init_to_median)
+        kernel = NUTS(InitMessenger(init)(r.model), init_strategy=init)
+        draws, warmup = (20, 20) if smoke else (1000, 500)
+        begin = time.process_time()
+        MCMC(kernel, draws, warmup_steps=warmup, disable_progbar=True).run(*r.args)
+        theirs = time.process_time() - begin
+        detail = f"ours {ours:.1f} s, NUTS {theirs:.1f} s"
+        figures.append(
+            Figure(f"time to k-hat < 0.7, {name}", ours / theirs, 0.25, 0.1, None, detail)
+        )
+    middle = median(f.value for f in figures)
+    return [*figures, Figure("time to k-hat < 0.7, median", middle, 0.25, 0.1)]
+
+
+def chains(smoke: bool) -> list[Figure]:
+    """Gradients for an effective draw: NUTS in a flow's coordinates over NUTS in the plain ones."""
+    eight = models.reference("eight_schools_centred")
+    funnel = next(t for t in exact_targets() if t.name == "funnel")
+    num_draws, warmup = (20, 10) if smoke else (500, 300)
+    figures = []
+    for name, model, args in (
+        ("eight_schools_centred", eight.model, eight.args),
+        ("funnel", funnel.model, ()),
+    ):
+        seconds = 1.0 if smoke else 10.0
+        fit = fit_svi(
+            model, args=args, max_seconds=seconds, progress=False, clock=time.process_time
+        )
+        joint, q = fit.joint, fit.guide.get_posterior()
+        joint.trace(1, max_seconds=20.0)
+        starts = fit.posterior(1000).resample(2).z
+        dim = joint.latent_dim
+        plain = Flow(FixedAffine(torch.zeros(dim), torch.ones(dim)))()
+        costs = []
+        for law in (q, plain):
+            pyro.set_rng_seed(0)
+            with torch.no_grad():
+                x = law.transform.inverse_and_ladj(starts)[0]
+            run = neutra(joint, law, x, num_draws=num_draws, warmup=warmup, progress=False)
+            costs.append(run.count_gradients / _least_ess(run))
+        detail = f"NeuTra {costs[0]:.1f}, plain {costs[1]:.1f} gradients for an effective draw"
+        title = f"NeuTra NUTS over plain NUTS, {name}"
+        figures.append(Figure(title, costs[0] / costs[1], 1 / 3, 0.1, None, detail))
+    return figures
+
+
+def _least_ess(run: Chains) -> float:
+    z = run.z.reshape(run.chains, -1, run.z.shape[-1]).double().numpy()
+    return min(float(arviz.ess(z[..., i])) for i in range(z.shape[-1]))
+
+
+def regression(X: Tensor, group: Tensor, y: Tensor, count_groups: int) -> None:
+    """A linear regression whose coefficients differ from group to group."""
+    dim = X.shape[-1]
+    mu = pyro.sample("mu", dist.Normal(X.new_zeros(dim), 1.0).to_event(1))
+    tau = pyro.sample("tau", dist.HalfNormal(X.new_ones(dim)).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfNormal(X.new_ones(())))
+    shape = (count_groups, dim)
+    eps = pyro.sample("eps", dist.Normal(X.new_zeros(shape), 1.0).to_event(2))
+    beta = mu.unsqueeze(-2) + tau.unsqueeze(-2) * eps
+    mean = (beta[..., group, :] * X).sum(-1)
+    pyro.sample("y", dist.Normal(mean, sigma.unsqueeze(-1)).to_event(1), obs=y)
+
+
+def big(smoke: bool) -> list[Figure]:
+    """A hierarchical regression with 1,101 latents: minutes and memory."""
+    count_groups, dim, rows = (3, 5, 60) if smoke else (20, 50, 2000)
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(rows, dim, generator=g)
+    group = torch.arange(rows) % count_groups
+    mu = torch.randn(dim, generator=g)
+    beta = mu + 0.5 * torch.randn(count_groups, dim, generator=g)
+    y = (beta[group] * X).sum(-1) + 0.5 * torch.randn(rows, generator=g)
+    begin = time.monotonic()
+    args = (X, group, y, count_groups)
+    fit = fit_svi(regression, args=args, max_seconds=2 if smoke else 120, progress=False)
+    seconds = time.monotonic() - begin
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEBIBYTE / 1024
+    posterior = fit.posterior(1000)
+    s = posterior.samples
+    mine = s["mu"].unsqueeze(-2) + s["tau"].unsqueeze(-2) * s["eps"]
+    score = ((mine.mean(0) - beta) / mine.std(0)).square().mean().sqrt()
+    error = (mine.mean(0) - beta).square().mean().sqrt()
+    detail = (
+        f"{fit.choice}, {fit.history.steps} steps, ELBO of the start "
+        f"{cast(float, getattr(fit.start, 'elbo', math.nan)):.0f}, of the fit "
+        f"{posterior.elbo:.0f}; true coefficients within {float(score):.2f} posterior sds, "
+        f"{float(error):.2f} (root mean square)"
+    )
+    return [
+        Figure("hierarchical regression, 1,101 latents: minutes", seconds / 60, 5.0, detail=detail),
+        Figure("hierarchical regression, 1,101 latents: GiB", memory, 2.0),
+    ]
+
+
+PARTS: dict[str, Callable[[bool], list[Figure]]] = {
+    "big": big,
+    "step": svi_step,
+    "time": time_to_trust,
+    "neutra": chains,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures the parts that are named.
+
+    Args:
+        arguments: As on the command line.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--json", type=Path, help="file that the figures are added to")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    options = parser.parse_args(arguments)
+    one_thread()
+    warnings.simplefilter("ignore")
+    for part in options.parts or PARTS:
+        figures = PARTS[part](options.smoke)
+        print(table(figures), flush=True)
+        if options.json:
+            add_to(options.json, part, figures, f"python -m benchmarks.posterior_costs {part}")
+
+
+if __name__ == "__main__":
+    main()
