@@ -25,7 +25,8 @@ from torch import Tensor
 
 from benchmarks import models
 from pyro_nf.infer.fit import fit_svi
-from pyro_nf.infer.joint import LogJoint, init_anywhere
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.sites import init_anywhere
 from tests.reference_models import exact_targets
 
 COUNT_DRAWS = 10_000

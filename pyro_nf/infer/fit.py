@@ -18,11 +18,12 @@ from pyro_nf._checks import check_count, check_positive
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.guide import AutoFlow
-from pyro_nf.infer.joint import LogJoint, Model
+from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
 from pyro_nf.infer.recipe import AVERAGE, Pace, choose_pace, flow_elbo, posterior_stages
 from pyro_nf.infer.replay import failing_sites
+from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
 from pyro_nf.train.checkpoint import load_settings

@@ -3,32 +3,24 @@
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_sample
+from pyro.infer.autoguide.initialization import init_to_median, init_to_sample
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
-from torch.distributions.constraints import MixtureSameFamilyConstraint
-from torch.distributions.transforms import ComposeTransform, IndependentTransform
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+
+from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds
+from pyro_nf.infer.sites import InitLocFn, LatentSite, Model, bijection, trace_prototype
+from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-Model = Callable[..., Any]
-InitLocFn = Callable[..., Tensor]
-Message = Any  # Pyro's message: a dict whose keys depend on the kind of the site
 
 # Recording costs about this many evaluations; it predicts whether a recording can meet its limit.
 # (Measured: 110 on eight schools, 340 on an unrolled time series of 200 steps.)
@@ -36,281 +28,6 @@ _TRACE_COST = 300.0
 # Sites of a batch of this many particles (or one of the primes after it) are never mistaken for
 # a dimension of the model, so that a check with it shows every wrong broadcast.
 _CHECK_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-
-
-@biject_to.register(MixtureSameFamilyConstraint)
-def _of_mixture(support: MixtureSameFamilyConstraint) -> Transform:
-    """The support of a mixture is that of its components; torch has no entry for it."""
-    return biject_to(support.base_constraint)
-
-
-def bijection(name: str, fn: Any) -> Transform:
-    """R^n -> the support of a latent site.
-
-    Args:
-        name: of the site.
-        fn: its distribution.
-
-    Raises:
-        ValueError: the support cannot be mapped.
-    """
-    try:
-        return biject_to(fn.support)
-    except NotImplementedError:
-        raise ValueError(
-            f"latent site {name!r} has support {fn.support}, to which biject_to knows no map from "
-            "R^n. Marginalise, enumerate or condition on it, or write it as a function of a "
-            "latent whose support has one."
-        ) from None
-
-
-def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> InitLocFn:
-    """`init_loc_fn`, with the image of 0 for the sites that it cannot take (flat priors, mixtures).
-
-    Args:
-        init_loc_fn: one of Pyro's `init_to_*` functions.
-        dtype: of the flat priors, which have no parameters to tell it. Default: torch's default.
-
-    Returns:
-        An `init_loc_fn` that takes `ImproperUniform` sites too.
-    """
-
-    def init(site: Message) -> Tensor:
-        try:
-            return init_loc_fn(site)
-        except NotImplementedError:
-            fn = site["fn"]
-        flat = is_flat(fn)
-        transform = bijection(site["name"], fn)
-        shape = transform.inverse_shape(fn.shape())
-        return transform(torch.zeros(shape, dtype=dtype if flat else fn.sample().dtype))
-
-    return init
-
-
-def is_flat(fn: Any) -> bool:
-    """Whether a distribution is a flat prior, which has no samples."""
-    return isinstance(_innermost(fn), pyro.distributions.ImproperUniform)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def refuse_subsampled_latents(trace: poutine.Trace) -> None:
-    """Raise if a latent lies in a subsampled plate.
-
-    Args:
-        trace: one run of the model.
-
-    Raises:
-        ValueError: naming the site and the plate.
-    """
-    for name, site in trace.iter_stochastic_nodes():
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"latent site {name!r} lies in plate {frame.name!r}, which takes a subsample "
-                    f"of {frame.size} of {frame.full_size} rows: its coordinates would stand for "
-                    f"other rows in every step. Use the whole plate, or move the latent out of it."
-                )
-
-
-def trace_prototype(
-    model: Model,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    init_loc_fn: InitLocFn = init_to_median,
-) -> poutine.Trace:
-    """One run of the model with every latent at its initial value.
-
-    Args:
-        model: a Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        init_loc_fn: one of Pyro's `init_to_*`; flat priors start at the image of 0.
-
-    Raises:
-        ValueError: a latent lies in a subsampled plate: its coordinates would stand for other
-            rows in every run.
-    """
-
-    def run(dtype: torch.dtype) -> poutine.Trace:
-        started = InitMessenger(init_anywhere(init_loc_fn, dtype))(model)
-        with poutine.block():
-            return poutine.trace(started).get_trace(*args, **(kwargs or {}))
-
-    default = torch.get_default_dtype()
-    try:
-        trace = run(default)
-    except RuntimeError as error:
-        # Flat priors have no dtype of their own: theirs is that of the data they meet.
-        if "dtype" not in str(error):
-            raise
-        trace = run(torch.float32 if default == torch.float64 else torch.float64)
-    refuse_subsampled_latents(trace)
-    return trace
-
-
-@dataclass(frozen=True)
-class LatentSite:
-    """Where a latent site lies in the flat vector, and how it leaves it.
-
-    Attributes:
-        name: name of the site.
-        shape: shape of its constrained value.
-        unconstrained_shape: shape of its coordinates before flattening.
-        batch_ndim: how many of the first dimensions of both are batch dimensions.
-        start: first coordinate.
-        size: number of coordinates.
-        transform: unconstrained -> constrained, as the first run of the model had it.
-    """
-
-    name: str
-    shape: torch.Size
-    unconstrained_shape: torch.Size
-    batch_ndim: int
-    start: int
-    size: int
-    transform: Transform
-
-    def cut(self, z: Tensor, pad: int = 0) -> Tensor:
-        """The site's coordinates of z (..., D) as (..., 1 * pad, *unconstrained_shape)."""
-        piece = z[..., self.start : self.start + self.size]
-        return piece.reshape(z.shape[:-1] + (1,) * pad + self.unconstrained_shape)
-
-
-def _is_identity(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
-
-
-def _ladj(transform: Transform, u: Tensor, value: Tensor, event_dim: int) -> Tensor:
-    """log|d value / d u|, summed over the event: shape value.shape[:-event_dim]."""
-    ladj = transform.log_abs_det_jacobian(u, value)
-    extra = ladj.dim() - (value.dim() - event_dim)
-    return ladj.sum(tuple(range(-extra, 0))) if extra > 0 else ladj
-
-
-class _TraceTimeout(Exception):
-    pass
-
-
-class _SafeLinalg(TorchFunctionMode):
-    """Gives NaN where a factorisation fails, instead of an error for the whole batch.
-
-    It also ends a trace that passes its deadline.
-    """
-
-    def __init__(
-        self, deadline: float | None = None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        super().__init__()
-        self.deadline, self.clock = deadline, clock
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.deadline is not None and self.clock() > self.deadline:
-            raise _TraceTimeout
-        kwargs = kwargs or {}
-        safe = _SAFE.get(func)
-        if safe is None or kwargs.get("out") is not None:
-            return func(*args, **kwargs)
-        result, info = safe(*args, **kwargs)
-        failed = (info != 0).reshape(info.shape + (1,) * (result.dim() - info.dim()))
-        return torch.where(failed, torch.nan, result)
-
-
-_SAFE: dict[Any, Callable[..., Any]] = {
-    torch.linalg.cholesky: torch.linalg.cholesky_ex,
-    torch.cholesky: lambda x, upper=False: torch.linalg.cholesky_ex(x, upper=upper),
-    Tensor.cholesky: lambda x, upper=False: torch.linalg.cholesky_ex(x, upper=upper),
-    torch.linalg.inv: torch.linalg.inv_ex,
-    torch.inverse: torch.linalg.inv_ex,
-    Tensor.inverse: torch.linalg.inv_ex,
-    torch.linalg.solve: torch.linalg.solve_ex,
-}
-
-
-class _Substitute(Messenger):
-    """Gives every latent its value, cut from z (..., D), and sums the log density.
-
-    `pad` dimensions of size 1 stand between the leading dimensions of z and those of a site.
-    """
-
-    def __init__(
-        self, sites: Mapping[str, LatentSite], z: Tensor, max_batch_ndim: int, dynamic: bool
-    ) -> None:
-        super().__init__()
-        self.sites = sites
-        self.z = z
-        self.max_batch_ndim = max_batch_ndim
-        self.dynamic = dynamic
-        self.values: dict[str, Tensor] = {}
-        self.last_site = "the start"
-        self.terms: list[Tensor] = []
-        self.batch_ndims: list[int] = []
-        self.is_scored = True
-
-    def _pyro_sample(self, msg: Message) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if msg["is_observed"] or isinstance(fn, _Subsample):
-            return
-        self.last_site = name
-        site = self.sites.get(name)
-        if site is None:
-            if msg["infer"].get("enumerate") == "parallel":
-                return
-            raise RuntimeError(
-                f"the model sampled a site {name!r} that its first run did not have: every run "
-                f"must have the same latent sites."
-            )
-        batched = self.z.dim() > 1
-        u = site.cut(self.z, self.max_batch_ndim - site.batch_ndim if batched else 0)
-        transform = bijection(name, fn) if self.dynamic else site.transform
-        value = transform(u)
-        msg["value"] = self.values[name] = value
-        if not _is_identity(transform):
-            self._add(_ladj(transform, u, value, fn.event_dim))
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        fn = msg["fn"]
-        if not self.is_scored or isinstance(fn, _Subsample):
-            return
-        self.last_site = msg["name"]
-        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
-        # A mask of False gives the number 0.
-        self._add(log_prob if isinstance(log_prob, Tensor) else self.z.new_zeros(()))
-
-    def _add(self, term: Tensor) -> None:
-        """Sums a term over all that is not a particle: shape () or (S,)."""
-        self.batch_ndims.append(term.dim())
-        if self.z.dim() > 1 and term.dim() > self.max_batch_ndim:
-            if term.dim() > self.max_batch_ndim + 1 or term.shape[0] not in (1, len(self.z)):
-                raise RuntimeError(
-                    f"its log density has shape {tuple(term.shape)} for {len(self.z)} particles"
-                )
-            term = term.reshape(term.shape[0], -1).sum(-1)
-        else:
-            term = term.sum()
-        self.terms.append(term)
-
-    def total(self) -> Tensor:
-        """log p of each particle: z.shape[:-1]."""
-        total = self.z.new_zeros(self.z.shape[:-1])
-        for term in self.terms:
-            total = total + term
-        return total
-
-
-@contextmanager
-def _fast_pyro() -> Iterator[None]:
-    """No validation of arguments inside, as before outside."""
-    with pyro.validation_enabled(False):
-        yield
 
 
 def _rng_state() -> tuple[Any, ...]:
@@ -417,7 +134,7 @@ class LogJoint:
             return trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
         except ValueError:
             # Validation refuses numbers that are not finite at the initial point; others may be.
-            with _fast_pyro():
+            with fast_pyro():
                 return trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
 
     def _read(self, trace: poutine.Trace) -> None:
@@ -471,7 +188,7 @@ class LogJoint:
         noise = torch.randn(self.latent_dim, dtype=self.init_loc.dtype)
         z = self.init_loc + 0.1 * noise.to(self.init_loc.device)
         before = _rng_state()
-        with _fast_pyro(), _SafeLinalg():
+        with fast_pyro(), SafeLinalg():
             log_prob, run = self._run(z, dynamic=True)
         self.is_random = _rng_state() != before
         self.has_parameters = log_prob.requires_grad
@@ -495,7 +212,7 @@ class LogJoint:
             noise = torch.randn(count, self.latent_dim, dtype=self.init_loc.dtype)
             z = self.init_loc + spread * noise.to(self.init_loc.device)
             state = torch.get_rng_state()
-            with torch.no_grad(), _fast_pyro():
+            with torch.no_grad(), fast_pyro():
                 wanted = torch.stack([self._seeded(state, self._robust_single, zi) for zi in z])
             if torch.isfinite(wanted).any():
                 break
@@ -542,7 +259,7 @@ class LogJoint:
         """What is wrong with a way to evaluate the batch z, or ""."""
         self._last_site = ""
         try:
-            with torch.no_grad(), _fast_pyro(), _SafeLinalg():
+            with torch.no_grad(), fast_pyro(), SafeLinalg():
                 got = self._seeded(state, way, z)
         except Exception as error:  # whatever a user's model raises
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -560,10 +277,10 @@ class LogJoint:
 
     # ---- evaluation
 
-    def _run(self, z: Tensor, dynamic: bool | None = None) -> tuple[Tensor, _Substitute]:
+    def _run(self, z: Tensor, dynamic: bool | None = None) -> tuple[Tensor, Substitute]:
         """One run of the model for z (D,) or for a batch (S, D)."""
         moving = bool(self.dynamic_sites) if dynamic is None else dynamic
-        run = _Substitute(self.sites, z, self.max_batch_ndim, moving)
+        run = Substitute(self.sites, z, self.max_batch_ndim, moving)
         try:
             with poutine.block():
                 if not self.enumerated_sites:
@@ -597,7 +314,7 @@ class LogJoint:
         if self._recorded is None:
             if self.is_random or self.has_parameters:
                 raise RuntimeError("it writes in place")
-            decompositions = {torch.ops.aten.copy.default: _copy}
+            decompositions = {torch.ops.aten.copy.default: copy_out}
 
             def single(z: Tensor) -> Tensor:
                 return torch.func.functionalize(self._single)(z)
@@ -621,13 +338,13 @@ class LogJoint:
 
     def _evaluate(self, z: Tensor) -> Tensor:
         """log p (S,), with NaN or inf wherever the model has them."""
-        with _fast_pyro():
+        with fast_pyro():
             try:
                 return self._way(z)
             except LinAlgError:
                 pass
             try:
-                with _SafeLinalg():
+                with SafeLinalg():
                     return self._way(z)
             except LinAlgError:
                 return self._by_loop(z)
@@ -738,11 +455,11 @@ class LogJoint:
             return value.detach(), grad
 
         try:
-            with _fast_pyro(), warnings.catch_warnings():
+            with fast_pyro(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with _SafeLinalg(deadline, clock):
+                with SafeLinalg(deadline, clock):
                     graph = make_fx(both)(z)
-            _fold_constants(graph)
+            fold_constants(graph)
             # Another point: what the recording took for a constant shows here.
             z = self.init_loc + 0.1 * noise.flip(0).to(self.init_loc.device)
             log_prob, grad = self.value_and_grad(z)
@@ -754,7 +471,7 @@ class LogJoint:
         if not (close.all() and alike.all()):
             return False
         # A long unrolled loop replays no faster than autograd's own engine runs it.
-        if _seconds(lambda: graph(z)) > _seconds(lambda: self.value_and_grad(z)):
+        if process_seconds(lambda: graph(z)) > process_seconds(lambda: self.value_and_grad(z)):
             return False
         self._graphs[key] = graph
         return True
@@ -774,7 +491,7 @@ class LogJoint:
         if not self.dynamic_sites:
             return {name: site.transform(site.cut(z)) for name, site in self.sites.items()}
         flat = z.reshape(-1, self.latent_dim)
-        with torch.no_grad(), _fast_pyro(), _SafeLinalg():
+        with torch.no_grad(), fast_pyro(), SafeLinalg():
             runs = [self._run(zi, dynamic=True)[1].values for zi in flat]
         return {
             name: torch.stack([values[name] for values in runs]).reshape(z.shape[:-1] + site.shape)
@@ -811,15 +528,10 @@ class LogJoint:
 
     def init(self, init_loc_fn: InitLocFn, seed: int = 0) -> Tensor:
         """The coordinates (D,) of another initial point."""
-        with torch.random.fork_rng(devices=[]), _fast_pyro():
+        with torch.random.fork_rng(devices=[]), fast_pyro():
             torch.manual_seed(seed)
             trace = trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)
         return self._coordinates(trace)
-
-
-def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """aten::copy, which has no derivative, out of operations that have one."""
-    return source.to(into.dtype).expand(into.shape).clone()
 
 
 def _finite_rows(grad: Tensor, log_prob: Tensor | None = None) -> Tensor:
@@ -828,40 +540,3 @@ def _finite_rows(grad: Tensor, log_prob: Tensor | None = None) -> Tensor:
     if log_prob is not None:
         finite = finite & torch.isfinite(log_prob).unsqueeze(-1)
     return torch.where(finite, grad, 0.0)
-
-
-def _seconds(run: Callable[[], object], count: int = 5) -> float:
-    """The least process time of a few runs."""
-    times = []
-    for _ in range(count):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def _fold_constants(graph: torch.fx.GraphModule) -> None:
-    """Computes once what does not depend on the input of a recorded graph."""
-    varying: set[torch.fx.Node] = set()
-    values: dict[torch.fx.Node, Any] = {}
-    for node in graph.graph.nodes:
-        is_end = node.op in ("placeholder", "output")
-        if is_end or any(n in varying for n in node.all_input_nodes):
-            varying.add(node)
-        elif node.op == "get_attr":
-            values[node] = getattr(graph, node.target)
-        else:
-            args = torch.fx.map_arg(node.args, values.__getitem__)
-            kwargs = torch.fx.map_arg(node.kwargs, values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-    for i, (node, value) in enumerate(values.items()):
-        if node.op == "get_attr" or not isinstance(value, Tensor):
-            continue
-        if not any(user in varying for user in node.users):
-            continue
-        name = f"_folded_{i}"
-        graph.register_buffer(name, value.detach().clone())
-        with graph.graph.inserting_before(node):
-            node.replace_all_uses_with(graph.graph.get_attr(name))
-    graph.graph.eliminate_dead_code()
-    graph.recompile()

@@ -10,7 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.infer.joint import LogJoint, Model
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.sites import Model
 
 
 def _observed_nodes(trace: poutine.Trace) -> dict[str, Any]:
