@@ -33,10 +33,11 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.recipes import iaf
 from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.guide import AutoFlow
-from pyro_nf.infer.joint import LogJoint, init_anywhere
+from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, Reparameterised, StickTheLanding
 from pyro_nf.infer.recipe import Step
 from pyro_nf.infer.refine import Chains, neutra
+from pyro_nf.infer.sites import init_anywhere
 from pyro_nf.train.loop import adam
 from pyro_nf.transforms.affine import FixedAffine
 from tests.reference_models import exact_targets
