@@ -121,4 +121,6 @@ class IndependentNormals(dist.TorchDistribution):
         eps = (value - self.loc) / self.scale
         constant = self.scale.log().sum() + len(self.loc) * _HALF_LOG_2PI
         log_prob = -0.5 * eps.square().sum(-1) - constant
+        if not self.batch_shape:  # the common case; broadcast_shapes is slow
+            return log_prob
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
