@@ -236,8 +236,8 @@ What `fit_density` finds with every default, beside other libraries' flows and p
 mean negative log density of the test rows in nats, so lower is better. Each method had {seconds:g}
 process CPU seconds on one thread, on the same rows. The peers' flows were trained at two learning
 rates, of which the one that is better on the test rows counts; the sizes of the mixture and of the
-kernels were chosen on validation. A cell is the mean over seeds of the fit, with the range in
-brackets if there is more than one.
+kernels were chosen on validation. A figure is of one seed, or the mean over the seeds that stand
+beside it with their range.
 
 """
 
@@ -261,22 +261,22 @@ the digits.
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
-    """Mean and range of the test figures as markdown; lower is better."""
+    """Mean, range and number of the test figures as markdown; lower is better."""
     names = [name for name in TABLES if name in figures]
     methods = [method for method in METHODS if any(method in figures[name] for name in names)]
-    lines = [
-        "| test NLL, nats | seeds | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 2) + "|",
-    ]
+    lines = ["| test NLL, nats | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for method in methods:
-        cells, seeds = [], 0
-        for name in names:
-            values = figures[name].get(method, [])
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.3f}{spread}" if values else "")
-            seeds = max(seeds, len(values))
-        lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")
+        cells = [_cell(figures[name].get(method, [])) for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "not run"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{fmean(values):.3f} ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)"
 
 
 def page(content: dict[str, Any]) -> str:

@@ -25,8 +25,9 @@ def test_densities_are_fitted_and_written(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     density.main(["--smoke", "--methods", "pyro_nf,sklearn mixture", "--markdown", str(page)])
     text = page.read_text()
-    assert "| test NLL, nats | seeds | moons |" in text
-    assert "| pyro_nf | 1 | " in text
+    assert "| test NLL, nats | moons |" in text
+    assert "| pyro_nf | " in text
+    assert "| sklearn mixture | " in text
 
 
 def test_a_bound_that_is_missed_is_said() -> None:

@@ -25,6 +25,9 @@ MOST_ITERATIONS = 100
 MOST_WORK = 2e10
 """Products that EM may take for one size: some seconds, so that no table takes minutes."""
 
+MOST_WORSE_SIZES = 2
+"""So many sizes in a row that are no better end the search: one may have had an unlucky start."""
+
 MOST_ROWS = 20_000
 MOST_ENTRIES = 30_000_000  # of the table of products, which has D^2 columns
 ROWS_PER_COMPONENT = 10
@@ -80,16 +83,18 @@ def fit_gaussian_mixture(
     products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
     best = GaussianMixture(d, 1).to(x)
     best_value = _mean_log_prob(best, validation)
+    worse = 0
     for k in _SIZES:
         iterations = min(MOST_ITERATIONS, int(MOST_WORK / (k * products.numel())))
-        if k * max(ROWS_PER_COMPONENT, d) > len(x) or iterations == 0 or (k > 1 and clock() >= end):
+        too_large = k * max(ROWS_PER_COMPONENT, d) > len(x) or iterations == 0
+        if too_large or worse == MOST_WORSE_SIZES or (k > 1 and clock() >= end):
             break
         mixture = _em(x, products, k, iterations, generator, lambda: clock() >= end)
         value = _mean_log_prob(mixture, validation)
-        if k > 1 and not value > best_value:
-            break
         if value > best_value:
-            best, best_value = mixture, value
+            best, best_value, worse = mixture, value, 0
+        else:
+            worse += 1
     return best.to(dtype)
 
 
