@@ -272,12 +272,21 @@ def compare(
     return density, sampling
 
 
-def versus_peers(
-    name: str, times: dict[str, Timing], must: float, aim: float | None = None
+def versus_torch_and_jax(
+    name: str,
+    times: dict[str, Timing],
+    bounds: tuple[float, float] | None,
+    jax_bounds: tuple[float, float] | None = None,
 ) -> list[Figure]:
-    """The ratio to the best peer, if there is one."""
-    peers = {peer: t for peer, t in times.items() if peer != "ours"}
-    return [ratio(f"{name}, best torch peer", times["ours"], peers, must, aim)] if peers else []
+    """The ratios to the best torch peer and to flowjax, where they are there and have bounds."""
+    ours, found = times["ours"], []
+    peers = {peer: t for peer, t in times.items() if peer not in ("ours", "flowjax")}
+    if peers and bounds:
+        found.append(ratio(f"{name}, best torch peer", ours, peers, *bounds))
+    if "flowjax" in times and jax_bounds:
+        flowjax = {"flowjax": times["flowjax"]}
+        found.append(ratio(f"{name}, flowjax under jit", ours, flowjax, *jax_bounds))
+    return found
 
 
 SAMPLE = {8: (1 / 4, 1 / 8), 64: (1 / 20, 1 / 60), 256: (1 / 80, 1 / 200), 784: (1 / 400, 1 / 1000)}
@@ -291,22 +300,22 @@ def maf(dims: list[int]) -> list[Figure]:
     for dim in dims:
         ours, peers = built(our_maf, MAFS, dim, width(dim))
         density, sampling = compare(ours, peers, dim, BATCH)
-        found += versus_peers(f"MAF sample, D={dim}", sampling, *SAMPLE[dim])
+        found += versus_torch_and_jax(f"MAF sample, D={dim}", sampling, SAMPLE[dim])
         if dim in OWN:
             own = {"log_prob": density["ours"]}
             name = f"MAF sample, D={dim}, own log_prob"
             found.append(ratio(name, sampling["ours"], own, *OWN[dim]))
-        found += versus_peers(f"MAF log_prob, D={dim}", density, *DENSITY[dim])
+        found += versus_torch_and_jax(f"MAF log_prob, D={dim}", density, DENSITY[dim])
         models = {"ours": ours, **peers}
         if dim == 64:
             with torch.no_grad():
                 one = interleave({name: lambda m=m: m.sample(1) for name, m in models.items()})
-            found += versus_peers("MAF sample, D=64, B=1", one, 1 / 8, 1 / 100)
+            found += versus_torch_and_jax("MAF sample, D=64, B=1", one, (1 / 8, 1 / 100))
             found += round_trip(ours)
         if dim <= 64:
             x = data(dim)
             steps = interleave({name: step(model, x) for name, model in models.items()})
-            found += versus_peers(f"MAF training step, D={dim}", steps, 1.0, 0.85)
+            found += versus_torch_and_jax(f"MAF training step, D={dim}", steps, (1.0, 0.85))
     return found
 
 
@@ -315,8 +324,7 @@ def maf_against_jax(dims: list[int]) -> list[Figure]:
     for dim in dims:
         ours, peers = built(our_maf, {"flowjax": flowjax_maf}, dim, width(dim))
         _, sampling = compare(ours, peers, dim, BATCH)
-        name = f"MAF sample, D={dim}, flowjax under jit"
-        found.append(ratio(name, sampling.pop("ours"), sampling, *SAMPLE_JAX[dim]))
+        found += versus_torch_and_jax(f"MAF sample, D={dim}", sampling, None, SAMPLE_JAX[dim])
     return found
 
 
@@ -326,7 +334,7 @@ def spline(dims: list[int]) -> list[Figure]:
     for dim in dims:
         ours, peers = built(our_spline, SPLINES, dim, width(dim))
         _, sampling = compare(ours, peers, dim, BATCH)
-        found += versus_peers(f"NSF autoregressive sample, D={dim}", sampling, *bounds[dim])
+        found += versus_torch_and_jax(f"NSF autoregressive sample, D={dim}", sampling, bounds[dim])
     return found
 
 
@@ -444,7 +452,7 @@ def main(arguments: list[str] | None = None) -> str:
     if options.smoke:
         figures = [*inverse_gradient(4), *growth(4, 8, 16), *round_trip(our_maf(4, 16))]
     elif find_spec("flowjax"):
-        section = "autoregressive, against JAX"
+        section = "autoregressive, JAX"
         figures = maf_against_jax([8, 64])
     else:
         figures = [*maf([8, 64, 256, 784]), *spline([8, 64])]
