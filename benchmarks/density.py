@@ -343,6 +343,8 @@ def main(arguments: list[str] | None = None) -> str:
                 print(f"{name}, {method}, seed {seed}: {value:.3f}", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(content, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1))
     markdown = table(figures)
     print(markdown)
     if options.markdown:
