@@ -33,7 +33,8 @@ bench-jax: .venv-jax/made ## speed against the JAX peers (flowjax, numpyro)
 	.venv-jax/bin/python -m benchmarks.jax_peers
 
 bench-posteriors: .venv/made ## posteriors against Pyro's guides and NUTS, on references and exact targets
-	.venv/bin/python -m benchmarks.posteriors
+	.venv/bin/python -m benchmarks.posterior_costs --json benchmarks/posterior_costs.json
+	.venv/bin/python -m benchmarks.posteriors --out benchmarks/posteriors.json --costs benchmarks/posterior_costs.json --markdown docs/benchmarks_posteriors.md
 
 wheel-test: .venv/made ## build the wheel, install it in an empty environment and import it
 	rm -rf build/wheel-test
