@@ -18,7 +18,7 @@ from pyro_nf._checks import check_count, check_dims
 # they pay below WORTH_STRIPS multiplications.
 MAX_STRIPS = 8
 MIN_STRIP = 32
-WORTH_STRIPS = 16_000_000
+WORTH_STRIPS = 2**24
 
 
 class Groups(NamedTuple):
