@@ -390,6 +390,8 @@ class LogJoint:
                 log_prob = self._evaluate(z)
                 (grad,) = torch.autograd.grad(log_prob.sum(), z)
         log_prob = log_prob.detach()
+        if bool(torch.isfinite(log_prob.sum() + grad.sum())):  # as is the rule
+            return log_prob, grad
         log_prob = torch.where(torch.isfinite(log_prob), log_prob, -torch.inf)
         return log_prob, _finite_rows(grad, log_prob)
 

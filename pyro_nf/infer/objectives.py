@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -83,6 +84,18 @@ class Paths:
     slope_q: Tensor | None
     ok: Tensor
 
+    @cached_property
+    def all_ok(self) -> bool:
+        """Whether no particle failed, as is the rule: then nothing has to be masked."""
+        return bool(self.ok.all())
+
+    def keep(self, value: Tensor) -> Tensor:
+        """Zero for failed particles, in value and gradient."""
+        if self.all_ok:
+            return value
+        mask = self.ok if value.dim() == self.ok.dim() else self.ok.unsqueeze(-1)
+        return torch.where(mask, value, 0.0)
+
 
 class GradientEstimator(ABC):
     """How the gradient of sum_s a_s (temperature log p(z_s) - log q(z_s)) goes to the flow."""
@@ -107,14 +120,8 @@ def _density_paths(
         (slope_p,) = torch.autograd.grad(total, leaf, retain_graph=True)
     else:
         log_p, slope_p = joint.value_and_grad(z)
-    ok = torch.isfinite(log_p) & torch.isfinite(log_q) & torch.isfinite(z).all(-1)
+    ok = torch.isfinite(log_p + log_q + z.sum(-1))  # a sum is finite only if all of it is
     return Paths(z, log_q, log_p, slope_p, None, ok)
-
-
-def _keep(ok: Tensor, value: Tensor) -> Tensor:
-    """Zero for failed particles, in value and gradient."""
-    mask = ok if value.dim() == ok.dim() else ok.unsqueeze(-1)
-    return torch.where(mask, value, 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,9 @@ class Reparameterised(GradientEstimator):
 
     def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
         # z . slope has the gradient of log p(z); log_p itself that of the model's parameters.
-        moved = _keep(paths.ok, (paths.slope_p * paths.z).sum(-1))
-        log_p = _keep(paths.ok, paths.log_p)
-        log_q = _keep(paths.ok, paths.log_q)
+        moved = paths.keep((paths.slope_p * paths.z).sum(-1))
+        log_p = paths.keep(paths.log_p)
+        log_q = paths.keep(paths.log_q)
         return (weights * (temperature * (moved + log_p) - log_q)).sum()
 
 
@@ -175,9 +182,9 @@ class StickTheLanding(GradientEstimator):
 
     def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
         assert paths.slope_q is not None
-        slope = _keep(paths.ok, temperature * paths.slope_p - paths.slope_q)
-        z = _keep(paths.ok, paths.z)
-        log_p = _keep(paths.ok, paths.log_p)
+        slope = paths.keep(temperature * paths.slope_p - paths.slope_q)
+        z = paths.keep(paths.z)
+        log_p = paths.keep(paths.log_p)
         return (weights * ((slope * z).sum(-1) + temperature * log_p)).sum()
 
 
@@ -219,6 +226,8 @@ class Objective(ABC):
 def _estimate(value: Tensor, surrogate: Tensor, paths: Paths, log_w: Tensor) -> Estimate:
     """A loss with the value of the objective and the gradient of its surrogate, both maximised."""
     loss = -(value.detach() + surrogate - surrogate.detach())
+    if paths.all_ok:
+        return Estimate(loss, log_w.detach(), 0)
     failed = int((~paths.ok).sum())
     return Estimate(loss, torch.where(paths.ok, log_w, -torch.inf).detach(), failed)
 
@@ -256,11 +265,13 @@ class ELBO(Objective):
         weights: Tensor | None = None,
     ) -> Estimate:
         paths = self.gradient.paths(flow, joint, x)
-        weights = torch.full_like(paths.log_q, 1 / len(x)) if weights is None else weights
-        weights = _keep(paths.ok, weights)
-        weights = weights / weights.sum().clamp_min(torch.finfo(x.dtype).tiny)
+        if weights is None and paths.all_ok:
+            weights = x.new_tensor(1 / len(x))
+        else:
+            weights = paths.keep(torch.ones_like(paths.log_q) if weights is None else weights)
+            weights = weights / weights.sum().clamp_min(torch.finfo(x.dtype).tiny)
         log_w = paths.log_p - paths.log_q
-        each = _keep(paths.ok, self.temperature * paths.log_p - paths.log_q).detach()
+        each = paths.keep(self.temperature * paths.log_p - paths.log_q).detach()
         value = (weights * each).sum()
         surrogate = self.gradient.surrogate(paths, weights.detach(), self.temperature)
         return _estimate(value, surrogate + value, paths, log_w)
@@ -397,6 +408,6 @@ class ForwardKL(Objective):
         log_q = flow().log_prob(z)
         log_p, _ = joint.value_and_grad(z)
         ok = torch.isfinite(log_q)
-        loss = -_keep(ok, log_q).sum() / ok.sum().clamp_min(1)
+        loss = -torch.where(ok, log_q, 0.0).sum() / ok.sum().clamp_min(1)
         log_w = torch.where(ok, log_p - log_q, -torch.inf).detach()
         return Estimate(loss, log_w, int((~ok).sum()))
