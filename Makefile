@@ -28,6 +28,7 @@ docs: .venv/made ## build the documentation in docs/_build/html; a warning is an
 
 bench: .venv-bench/made ## speed and density against the torch peers (zuko, nflows, normflows, Pyro)
 	.venv-bench/bin/python -m benchmarks
+	.venv-bench/bin/python -m benchmarks.density --json benchmarks/density.json --markdown docs/benchmarks_density.md
 
 bench-jax: .venv-jax/made ## speed against the JAX peers (flowjax, numpyro)
 	.venv-jax/bin/python -m benchmarks.jax_peers
