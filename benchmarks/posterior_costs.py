@@ -63,11 +63,15 @@ def svi_step(smoke: bool) -> list[Figure]:
     figures = []
     for count, must, aim in ((1, 0.55, 0.3), (16, 0.5, 0.25)):
         calls: dict[str, Callable[[], object]] = {}
-        for name, gradient in (("ours", StickTheLanding()), ("ours, plain", Reparameterised())):
+        for name, gradient, compile in (
+            ("ours", StickTheLanding(), False),
+            ("ours, plain", Reparameterised(), False),
+            ("ours, compiled", Reparameterised(), not smoke),
+        ):
             guide = AutoFlow(r.model, two_layers)
             guide.setup(*r.args)
             joint = LogJoint(r.model, r.args)
-            joint.trace(count, max_seconds=20.0)
+            joint.trace(count, max_seconds=20.0, compile=compile)
             calls[name] = _training_step(guide.flow, joint, ELBO(gradient), count)
         pyro.clear_param_store()
         theirs = AutoIAFNormal(r.model, hidden_dim=[64], num_transforms=2)
@@ -79,6 +83,8 @@ def svi_step(smoke: bool) -> list[Figure]:
         title = f"SVI step, {count} particle(s)"
         figures.append(ratio(title, times["ours"], peer, must, aim))
         figures.append(ratio(f"{title}, plain gradient", times["ours, plain"], peer, must, aim))
+        title = f"{title}, plain gradient, compiled log joint"
+        figures.append(ratio(title, times["ours, compiled"], peer, must, aim))
     return figures
 
 

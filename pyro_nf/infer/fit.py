@@ -116,6 +116,7 @@ def fit_svi(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
+    compile: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> SVIFit:
     r"""Fits a flow guide by maximising the ELBO.
@@ -151,6 +152,9 @@ def fit_svi(
         progress: Whether to show a progress bar.
         checkpoint: A file to write the state to, and to go on from if it exists.
         checkpoint_every: Steps between two writes of it.
+        compile: Whether to fuse the recorded log joint with ``torch.compile``; the compiler takes
+            some ten seconds, so it is for long fits. The recording is made even if no seconds bound
+            the fit.
         clock: Returns the seconds that ``max_seconds`` counts.
 
     Returns:
@@ -197,7 +201,8 @@ def fit_svi(
         pace = Pace() if num_particles is None else Pace(num_particles)
         if max_seconds is not None:  # both look at the clock, so that the fit cannot be repeated
             pace = choose_pace(joint, 0.5 * max_seconds) if num_particles is None else pace
-            joint.trace(pace.count_particles, seconds.share(_TRACE_SHARE), clock)
+        if max_seconds is not None or compile:
+            joint.trace(pace.count_particles, seconds.share(_TRACE_SHARE), clock, compile)
         start: Start | GaussianMixture | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
             count = load_settings(checkpoint).get("count_components", 1)

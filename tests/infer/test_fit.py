@@ -295,3 +295,19 @@ def test_bad_arguments() -> None:
 
     with pytest.raises(ValueError, match="learnable parameters"):
         fit(learnable)
+
+
+def test_compile_fuses_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def fuse(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", fuse)
+    plain = fit(max_steps=60)
+    assert not compiled
+    fused = fit(max_steps=60, compile=True)
+    assert len(compiled) == 1
+    assert isinstance(compiled[0], torch.fx.GraphModule)
+    assert fused.history.losses[-1] == pytest.approx(plain.history.losses[-1], abs=1e-4)
