@@ -144,8 +144,8 @@ def fit_svi(
         kwargs: The model's keyword arguments.
         max_steps: The most steps; 2000 if ``max_seconds`` is not given either.
         max_seconds: The most seconds of wall clock, the start included.
-        num_particles: Draws a step; if None 64, or, with ``max_seconds``, chosen by the cost of the
-            log joint.
+        num_particles: Draws a step; if None 64 or 256, by what the log joint costs
+            (:func:`~pyro_nf.infer.recipe.choose_pace`).
         objective: What is maximised; :class:`~pyro_nf.infer.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
@@ -198,9 +198,9 @@ def fit_svi(
                 "fit_svi: the model has learnable parameters, which it would leave alone; train "
                 "model and guide together with pyro.infer.SVI, then take Posterior.from_guide."
             )
-        pace = Pace() if num_particles is None else Pace(num_particles)
-        if max_seconds is not None:  # both look at the clock, so that the fit cannot be repeated
-            pace = choose_pace(joint, 0.5 * max_seconds) if num_particles is None else pace
+        # both look at the clock, if there is one, and then the fit cannot be repeated
+        half = None if max_seconds is None else 0.5 * max_seconds
+        pace = choose_pace(joint, half) if num_particles is None else Pace(num_particles)
         if max_seconds is not None or compile:
             joint.trace(pace.count_particles, seconds.share(_TRACE_SHARE), clock, compile)
         start: Start | GaussianMixture | None = None

@@ -155,13 +155,16 @@ class Pace:
     rate: float = FLOW_RATE
 
 
-def choose_pace(joint: LogJoint, max_seconds: float) -> Pace:
+def choose_pace(joint: LogJoint, max_seconds: float | None) -> Pace:
     """Many particles where they leave enough steps, or cost hardly more than few.
 
     Args:
         joint: The log joint density; it is evaluated a few times.
-        max_seconds: What the steps may take.
+        max_seconds: What the steps may take; None to look at no clock, so that a fit that is
+            bounded by steps can be repeated: then many, unless each particle is a run of its own.
     """
+    if max_seconds is None:
+        return Pace() if joint.kind == "loop" else Pace(MANY_PARTICLES)
 
     def seconds(count: int) -> float:
         z = joint.init_loc.expand(count, -1)

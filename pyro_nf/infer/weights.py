@@ -14,6 +14,8 @@ from torch import Tensor
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
 # Weights that are all equal have no tail at all: k-hat is -inf.
 _MIN_WEIGHTS = 25
+# Log weights that differ by less (nats) are equal up to the rounding of single precision.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,15 @@ def smooth(log_weights: Tensor) -> Weights:
             f"smooth: wanted log weights that are finite or -inf, got {int((~finite).sum())} of "
             f"{len(raw)} that are NaN, inf or -inf; look for NaN in the model's log density."
         )
-    if int(finite.sum()) < _MIN_WEIGHTS or float(raw[finite].max() - raw[finite].min()) < 1e-9:
+    equal = float(raw[finite].max() - raw[finite].min()) < _ROUNDING
+    if int(finite.sum()) < _MIN_WEIGHTS or equal:
         khat = math.inf if int(finite.sum()) < _MIN_WEIGHTS else -math.inf
         return Weights(raw, raw, khat)
-    normalized, khat = _psislw(raw[finite].numpy())
+    tail = raw[finite].sort().values[-max(_MIN_WEIGHTS, int(finite.sum()) // 20) :]
+    if float(tail[-1] - tail[0]) < _ROUNDING:  # the largest weights are equal: they are bounded
+        return Weights(raw, raw, -math.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):  # ties within the tail
+        normalized, khat = _psislw(raw[finite].numpy())
     # the library normalises; the smallest weight is not smoothed, and gives the scale back
     least = int(raw[finite].argmin())
     shift = float(raw[finite][least]) - float(normalized[least])

@@ -456,3 +456,18 @@ def test_pictures() -> None:
         posterior.resample().plot("weights")
     with pytest.raises(RuntimeError, match="without the history"):
         Posterior.from_guide(fit.guide, num_draws=300).plot("loss")
+
+
+def test_weights_that_are_equal_up_to_rounding() -> None:
+    noise = 1e-5 * torch.rand(1000)
+    weights = smooth(-30.0 + noise)
+    assert weights.khat == -math.inf
+    assert weights.ess == pytest.approx(1000)
+
+
+def test_a_tail_of_ties_has_no_shape() -> None:
+    log_weights = torch.zeros(1000)
+    log_weights[:200] = 3.0
+    weights = smooth(log_weights)
+    assert not math.isnan(weights.khat)
+    assert bool(weights.smoothed.isfinite().all())
