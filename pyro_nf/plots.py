@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.flows.flow import Flow
+from pyro_nf.ops.entries import entries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,8 +217,8 @@ def pair_plot(
         >>> figure.axes[-1].get_xlabel()
         'theta[1]'
     """
-    columns = dict(islice(_entries(samples), MOST_ENTRIES))
-    beside = {} if other is None else {k: v for k, v in _entries(other) if k in columns}
+    columns = dict(islice(entries(samples), MOST_ENTRIES))
+    beside = {} if other is None else {k: v for k, v in entries(other) if k in columns}
     if not columns or not all(len(column) for column in columns.values()):
         raise ValueError("pair_plot: wanted draws of at least one site, got none.")
     names, size = list(columns), len(columns)
@@ -250,15 +251,6 @@ def pair_plot(
             figure.legend(line, [label], loc="upper right")
         figure.align_labels()
     return figure
-
-
-def _entries(samples: Mapping[str, Tensor]) -> Any:
-    """Every entry of every site by its name, as a column ``(S,)``."""
-    for name, draws in samples.items():
-        flat = draws.detach().cpu().reshape(len(draws), draws.shape[1:].numel())
-        for i, column in enumerate(flat.unbind(1)):
-            index = torch.unravel_index(torch.tensor(i), draws.shape[1:]) if draws.dim() > 1 else ()
-            yield name + (f"[{','.join(str(int(k)) for k in index)}]" if index else ""), column
 
 
 def _histogram(panel: Axes, column: Tensor, other: Tensor | None) -> None:

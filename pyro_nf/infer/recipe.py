@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +12,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
+from pyro_nf.infer.recording import process_seconds
 from pyro_nf.infer.start import MAX_FULL_DIM, Start
 from pyro_nf.infer.tempering import mixture_draws
 from pyro_nf.train.loop import Stage, adam, warm_cosine
@@ -168,18 +167,12 @@ def choose_pace(joint: LogJoint, max_seconds: float | None) -> Pace:
 
     def seconds(count: int) -> float:
         z = joint.init_loc.expand(count, -1)
-        return min(_seconds(lambda: joint.value_and_grad(z)) for _ in range(2))
+        return process_seconds(lambda: joint.value_and_grad(z), count=2)
 
     few, many = seconds(COUNT_PARTICLES), seconds(MANY_PARTICLES)
     if ENOUGH_STEPS * many < max_seconds:
         return Pace(MANY_PARTICLES)
     return Pace(MANY_PARTICLES, FEW_RATE) if many < NEARLY_FREE * few else Pace()
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin
 
 
 def posterior_stages(

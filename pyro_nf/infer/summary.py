@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.infer.chains import rhat_and_ess
+from pyro_nf.ops.entries import entries
 
 QUANTILES = (0.05, 0.5, 0.95)
 
@@ -89,13 +90,10 @@ def summarize(
         chains: How many Markov chains the draws are, one after the other.
     """
     rows = []
-    for name, draws in samples.items():
-        flat = draws.detach().double().cpu().reshape(len(draws), -1)
-        for i, values in enumerate(flat.unbind(1)):
-            index = torch.unravel_index(torch.tensor(i), draws.shape[1:]) if draws.dim() > 1 else ()
-            label = f"{name}[{','.join(str(int(k)) for k in index)}]" if index else name
-            mixing = rhat_and_ess(values, chains) if chains > 1 else (None, None)
-            rows.append(Row(label, *_moments(values, weights), *mixing))
+    for label, draws in entries(samples):
+        values = draws.double()
+        mixing = rhat_and_ess(values, chains) if chains > 1 else (None, None)
+        rows.append(Row(label, *_moments(values, weights), *mixing))
     return Summary(tuple(rows))
 
 
