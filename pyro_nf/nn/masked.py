@@ -9,16 +9,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_nf._checks import check_count, check_dims
+from pyro_nf.ops.gradients import by_hand, final
 
 # A triangular product is cut into at most MAX_STRIPS strips, none thinner than MIN_STRIP rows: more
 # strips skip more of the half that is zero, thinner ones cost more in calls than they save. Nor do
 # they pay below WORTH_STRIPS multiplications.
 MAX_STRIPS = 8
 MIN_STRIP = 32
-WORTH_STRIPS = 2**24
+WORTH_STRIPS = 2**22
+# Below this many multiplications in all layers autograd, which is not written in Python, is faster
+# with many small steps than with one large one.
+WORTH_ONE_STEP = 2**24
 
 
 class Groups(NamedTuple):
@@ -122,6 +125,7 @@ class MaskedNet(nn.Module):
         self.groups = [Groups.of(units.bincount(minlength=input_dim).tolist()) for units in degrees]
         self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
         self.activation = activation() if any(self.skips) else _in_place(activation())
+        self.count_weights = sum(layer.weight.numel() for layer in layers)
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
         if self.context is not None and not hidden_dims:
@@ -131,9 +135,23 @@ class MaskedNet(nn.Module):
         if context is not None:
             batch_shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
             x = x.expand(*batch_shape, self.input_dim)
-        for s in self._propagate(x, context, self.activation):
-            theta = s  # keep none but the last: memory is dearer than an activation
+        recorded = torch.is_grad_enabled()
+        few = self.count_weights * x.shape[:-1].numel() < WORTH_ONE_STEP
+        if self.rectified and by_hand() and not (recorded and few):
+            layers = cast("list[MaskedLinear]", list(self.layers))
+            offset = self.offset(x.shape[:-1], context)
+            parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers[1:]]
+            run = _RectifiedPass.apply if recorded else _rectified
+            theta = run(layers, features_first(x), offset, *parameters)
+        else:
+            for s in self._propagate(x, context, self.activation):
+                theta = s  # keep none but the last: memory is dearer than an activation
         return theta.T.reshape(*x.shape, self.num_params)
+
+    @property
+    def rectified(self) -> bool:
+        r"""Whether all between the layers is :math:`\max(s, 0)`, which may overwrite ``s``."""
+        return type(self.activation) is nn.ReLU and not any(self.skips)
 
     def sums(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
         r"""Returns :math:`s_1, \dots, s_{L+1}`, features first: each of shape ``(width, N)``.
@@ -162,6 +180,8 @@ class MaskedNet(nn.Module):
 
 def features_first(t: Tensor) -> Tensor:
     """Turns ``(..., features)`` into ``(features, N)``, which wastes less memory and time."""
+    if t.dim() == 2 and t.stride(0) == 1:  # it lies so already, like all but the first in a chain
+        return t.T
     return t.reshape(-1, t.shape[-1]).T.contiguous()
 
 
@@ -228,65 +248,177 @@ class MaskedLinear(nn.Module):
     def forward(self, a: Tensor, offset: Tensor | None = None) -> Tensor:
         """Returns ``y``; an ``offset`` of ``(out_features, N or 1)`` replaces the bias."""
         b = self.bias if offset is None else offset
-        weight = self.weight * self.mask
-        if self.strips is None or weight.numel() * a.shape[-1] < WORTH_STRIPS:
+        if not (self._worth_strips(a) and by_hand()):
+            return torch.addmm(b, self.weight * self.mask, a)
+        if torch.is_grad_enabled():
+            return cast(Tensor, _MaskedProduct.apply(self, b, self.weight, a))
+        return self.product(b, self.weight, a)
+
+    # The three products of a layer and its gradients, which leave out most of the zeros. The
+    # gradients can be differentiated again, densely, where autograd records them.
+
+    def product(self, b: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+        r"""Returns :math:`(W \odot M) a + b`; autograd must not record it."""
+        weight = weight * self.mask
+        if not self._worth_strips(a):
             return torch.addmm(b, weight, a)
-        return _TriangularProduct.apply(b, weight, a, *self.strips)
+        y = a.new_empty(len(weight), a.shape[-1])
+        for start, stop, reach in self.strips.rows:
+            rows = slice(start, stop)
+            torch.addmm(b[rows], weight[rows, :reach], a[:reach], out=y[rows])
+        return y
+
+    def gradient_of_weight(self, grad: Tensor, a: Tensor) -> Tensor:
+        r"""Returns :math:`\bar y a^\top \odot M`."""
+        if not (final(grad) and self._worth_strips(a)):
+            return (grad @ a.T) * self.mask
+        grad_weight = torch.zeros_like(self.mask)
+        for start, stop, reach in self.strips.rows:
+            torch.mm(grad[start:stop], a[:reach].T, out=grad_weight[start:stop, :reach])
+        return grad_weight.mul_(self.mask)
+
+    def gradient_of_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        r"""Returns :math:`(W \odot M)^\top \bar y`."""
+        weight = weight * self.mask
+        if not (final(grad) and self._worth_strips(grad)):
+            return weight.T @ grad
+        grad_a = grad.new_empty(weight.shape[-1], grad.shape[-1])
+        for start, stop, reach in self.strips.columns:
+            torch.mm(weight[reach:, start:stop].T, grad[reach:], out=grad_a[start:stop])
+        return grad_a
+
+    def _worth_strips(self, a: Tensor) -> bool:
+        return bool(self.strips.rows) and self.mask.numel() * a.shape[-1] >= WORTH_STRIPS
 
 
-#: Entries (start, stop, reach): rows start to stop see the columns before ``reach``, or columns
-#: start to stop are seen by the rows from ``reach`` on.
-_Strips = list[tuple[int, int, int]]
+class _Strips(NamedTuple):
+    """How a triangular weight is cut; empty if it is not.
+
+    Attributes:
+        rows: Entries (start, stop, reach): these rows see the columns before ``reach``.
+        columns: Entries (start, stop, reach): these columns are seen by the rows from ``reach`` on.
+    """
+
+    rows: list[tuple[int, int, int]]
+    columns: list[tuple[int, int, int]]
 
 
-def _cut(seen: Tensor, in_features: int) -> tuple[_Strips, _Strips] | None:
+def _cut(seen: Tensor, in_features: int) -> _Strips:
     """Cuts a weight whose row ``r`` sees ``seen[r]`` columns into strips of rows and of columns."""
     count = min(MAX_STRIPS, len(seen) // MIN_STRIP, in_features // MIN_STRIP)
-    if count < 3:  # too few to pay
-        return None
+    if count < 2:
+        return _Strips([], [])
     row_ends = [len(seen) * i // count for i in range(count + 1)]
     column_ends = [in_features * i // count for i in range(count + 1)]
-    rows = [(a, b, int(seen[b - 1])) for a, b in pairwise(row_ends)]
-    columns = [(a, b, int((seen <= a).sum())) for a, b in pairwise(column_ends)]
-    return rows, columns
+    return _Strips(
+        [(a, b, int(seen[b - 1])) for a, b in pairwise(row_ends)],
+        [(a, b, int((seen <= a).sum())) for a, b in pairwise(column_ends)],
+    )
 
 
-class _TriangularProduct(torch.autograd.Function):
-    """``addmm`` with a lower triangular weight, in strips that leave out most of the zeros."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(b: Tensor, weight: Tensor, a: Tensor, rows: _Strips, columns: _Strips) -> Tensor:
-        strips = [
-            torch.addmm(b[start:stop], weight[start:stop, :reach], a[:reach])
-            for start, stop, reach in rows
-        ]
-        return torch.cat(strips)
+class _MaskedProduct(torch.autograd.Function):
+    r"""One layer, :math:`y = (W \odot M) a + b`: the masked copy of ``W`` is not kept."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        b, weight, a, ctx.rows, ctx.columns = inputs
-        ctx.is_bias = b.shape[-1] == 1
+    def forward(ctx: Any, layer: MaskedLinear, b: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+        ctx.layer, ctx.is_bias = layer, b.shape[-1] == 1
         ctx.save_for_backward(weight, a)
+        return layer.product(b, weight, a)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, a = ctx.saved_tensors
-        need_b, need_weight, need_a = ctx.needs_input_grad[:3]
-        grad_b = grad_weight = grad_a = None
-        if need_b:
-            grad_b = grad.sum(-1, keepdim=True) if ctx.is_bias else grad
-        if need_weight:
-            width = weight.shape[-1]
-            strips = [
-                F.pad(grad[start:stop] @ a[:reach].T, (0, width - reach))
-                for start, stop, reach in ctx.rows
-            ]
-            grad_weight = torch.cat(strips)
-        if need_a:
-            strips = [
-                weight[reach:, start:stop].T @ grad[reach:] for start, stop, reach in ctx.columns
-            ]
-            grad_a = torch.cat(strips)
-        return grad_b, grad_weight, grad_a, None, None
+        _, need_b, need_weight, need_a = ctx.needs_input_grad
+        return (
+            None,
+            _gradient_of_offset(grad, ctx.is_bias) if need_b else None,
+            ctx.layer.gradient_of_weight(grad, a) if need_weight else None,
+            ctx.layer.gradient_of_input(grad, weight) if need_a else None,
+        )
+
+
+def _gradient_of_sum(grad: Tensor, value: Tensor) -> Tensor:
+    """The gradient of ``s`` of that of ``max(s, 0)``, which it may overwrite."""
+    if final(grad):
+        return torch.ops.aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
+    return torch.ops.aten.threshold_backward.default(grad, value, 0)
+
+
+def _gradient_of_offset(grad: Tensor, is_bias: bool) -> Tensor:
+    return grad.sum(-1, keepdim=True) if is_bias else grad
+
+
+def _rectified(
+    layers: Sequence[MaskedLinear],
+    a: Tensor,
+    offset: Tensor,
+    *parameters: Tensor,
+    keep: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Runs a network without skips, of weights and then biases but the first, keeping values."""
+    count = len(layers)
+    for k, layer in enumerate(layers):
+        b = parameters[count + k - 1] if k else offset
+        if k:
+            a.relu_()
+            if keep is not None:
+                keep(a)
+        a = layer.product(b, parameters[k], a)
+    return a
+
+
+class _RectifiedPass(torch.autograd.Function):
+    r"""All layers of a network without skips, :math:`\sigma(s) = \max(s, 0)`, as one step.
+
+    What is between the layers belongs to nobody else, so that :math:`\sigma(s_l)` may take the
+    place of :math:`s_l`, and :math:`\bar s_l` that of the gradient of :math:`\sigma(s_l)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: Sequence[MaskedLinear], x: Tensor, offset: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        hidden: list[Tensor] = []
+        theta = _rectified(layers, x, offset, *parameters, keep=hidden.append)
+        ctx.layers, ctx.is_bias = layers, offset.shape[-1] == 1
+        ctx.save_for_backward(x, offset, *parameters, *hidden)
+        return theta
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layers, count = ctx.layers, len(ctx.layers)
+        x, offset, *rest = ctx.saved_tensors
+        parameters, hidden = rest[: 2 * count - 1], rest[2 * count - 1 :]
+        _, need_x, need_offset, *need = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again: then by autograd alone
+            return None, *_again(layers, (x, offset, *parameters), grad, ctx.needs_input_grad[1:])
+        values = [x, *hidden]
+        grads: list[Tensor | None] = [None] * (2 * count - 1)
+        for k in reversed(range(count)):
+            if need[k]:
+                grads[k] = layers[k].gradient_of_weight(grad, values[k])
+            if k and need[count + k - 1]:
+                grads[count + k - 1] = grad.sum(-1, keepdim=True)
+            if k:
+                grad = layers[k].gradient_of_input(grad, parameters[k])
+                grad = _gradient_of_sum(grad, values[k])
+        grad_x = layers[0].gradient_of_input(grad, parameters[0]) if need_x else None
+        grad_offset = _gradient_of_offset(grad, ctx.is_bias) if need_offset else None
+        return None, grad_x, grad_offset, *grads
+
+
+def _again(
+    layers: Sequence[MaskedLinear], inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of :class:`_RectifiedPass` as autograd computes them, with their graph."""
+    s, b, *parameters = inputs
+    weights, biases = parameters[: len(layers)], (b, *parameters[len(layers) :])
+    for layer, b, weight in zip(layers, biases, weights, strict=True):
+        s = torch.addmm(b, weight * layer.mask, s)
+        s = s if layer is layers[-1] else s.relu()
+    found = iter(
+        torch.autograd.grad(
+            s, [t for t, need in zip(inputs, needed, strict=True) if need], grad, create_graph=True
+        )
+    )
+    return [next(found) if need else None for need in needed]

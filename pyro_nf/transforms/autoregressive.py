@@ -113,7 +113,8 @@ class Autoregressive(FlowTransform):
         v = value if self.order is None else value.index_select(-1, self.order)
         v = v.flip(-1) if self.reverse else v
         if one_pass:
-            v = features_first(v).T.reshape(v.shape)  # as the parameters lie in memory
+            columns = features_first(v)  # as the parameters lie in memory
+            v = columns.T if v.dim() == 2 else columns.T.reshape(v.shape)
             z, ladj = direction(v, self.net(v, context))
             ladj = ladj.sum(-1)
         else:

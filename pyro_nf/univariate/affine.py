@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_nf._checks import check_positive
+from pyro_nf.ops.gradients import by_hand, final
 from pyro_nf.univariate.base import UnivariateMap
 
 
@@ -64,13 +68,91 @@ class Affine(UnivariateMap):
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
-        return t, a.clamp(-self.max_log_scale, self.max_log_scale)
+        return t, F.hardtanh(a, -self.max_log_scale, self.max_log_scale)
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        if _by_hand(x, params):
+            return _Forward.apply(x, params, self.max_log_scale)
         t, s = self._shift_and_log_scale(params)
         return torch.addcmul(t, x, s.exp()), s
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        if _by_hand(y, params):
+            return _Inverse.apply(y, params, self.max_log_scale)
         t, s = self._shift_and_log_scale(params)
         ladj = -s
         return (y - t) * ladj.exp(), ladj
+
+
+def _by_hand(value: Tensor, params: Tensor) -> bool:
+    return torch.is_grad_enabled() and value.shape == params.shape[:-1] and by_hand()
+
+
+# The gradients by hand keep only a value and the ladj, and no parameters.
+
+
+class _Forward(torch.autograd.Function):
+    r"""The gradients of :math:`y` and of the ladj :math:`l = s` go back.
+
+    .. math:: \bar x = \bar y e^s, \qquad \bar t = \bar y, \qquad \bar s = \bar l + \bar x x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, params: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        t, a = params.unbind(-1)
+        s = F.hardtanh(a, -bound, bound)
+        ctx.bound, ctx.layout = bound, _layout(params)
+        ctx.save_for_backward(x, s)
+        return torch.addcmul(t, x, s.exp()), s
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_ladj: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, s = ctx.saved_tensors
+        grad_x = grad_y * s.exp()
+        grad_s = torch.addcmul(grad_ladj, grad_x, x)
+        return grad_x, _gradient_of_params(grad_y, grad_s, s, ctx.bound, ctx.layout), None
+
+
+class _Inverse(torch.autograd.Function):
+    r"""The gradients of :math:`x` and of the ladj :math:`l = -s` go back.
+
+    .. math:: \bar y = \bar x e^l, \qquad \bar t = -\bar y, \qquad \bar s = -\bar l - \bar x x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, params: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        t, a = params.unbind(-1)
+        ladj = F.hardtanh(a, -bound, bound).neg_()
+        x = (y - t).mul_(ladj.exp())
+        ctx.bound, ctx.layout = bound, _layout(params)
+        ctx.save_for_backward(x, ladj)
+        return x, ladj
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, ladj = ctx.saved_tensors
+        grad_y = grad_x * ladj.exp()
+        grad_s = -torch.addcmul(grad_ladj, grad_x, x)
+        return grad_y, _gradient_of_params(-grad_y, grad_s, ladj, ctx.bound, ctx.layout), None
+
+
+def _layout(params: Tensor) -> tuple[torch.Size, tuple[int, ...]] | None:
+    """How the parameters lie in memory; None if some of them are the same number."""
+    return None if 0 in params.stride() else (params.shape, params.stride())
+
+
+def _gradient_of_params(
+    grad_t: Tensor,
+    grad_s: Tensor,
+    s: Tensor,
+    bound: float,
+    layout: tuple[torch.Size, tuple[int, ...]] | None,
+) -> Tensor:
+    """Puts the two gradients together as the parameters lie; where ``s`` is clamped its is 0."""
+    backward = torch.ops.aten.hardtanh_backward
+    if layout is None or not final(grad_t, grad_s):
+        return torch.stack((grad_t, backward(grad_s, s, -bound, bound)), -1)
+    grad = s.new_empty_strided(*layout)
+    grad[..., 0] = grad_t
+    backward.grad_input(grad_s, s, -bound, bound, grad_input=grad[..., 1])
+    return grad

@@ -200,3 +200,92 @@ def test_strips_under_vmap():
 def test_dimensions_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedNet(**{"input_dim": 3, "num_params": 2, **options})
+
+
+@pytest.fixture(params=["whole", "strips"])
+def one_step(request, monkeypatch):
+    """Runs a test with the gradient by hand, with weights in one piece and in strips."""
+    monkeypatch.setattr(masked, "WORTH_ONE_STEP", 0)
+    if request.param == "strips":
+        monkeypatch.setattr(masked, "WORTH_STRIPS", 0)
+        monkeypatch.setattr(masked, "MIN_STRIP", 3)
+
+
+def step_by_step(net, x, context):
+    """What the network computes, in the words of its docstring."""
+    first, *rest = net.layers
+    offset = first.bias.T if net.context is None else net.context(context) + first.bias.T
+    s = x @ (first.weight * first.mask).T + offset
+    for layer in rest:
+        s = s.relu() @ (layer.weight * layer.mask).T + layer.bias.T
+    return s.unflatten(-1, (net.input_dim, net.num_params))
+
+
+@pytest.mark.usefixtures("one_step")
+@pytest.mark.parametrize("hidden_dims", [(), (7,), (12, 9)])
+@pytest.mark.parametrize("context_dim", [0, 3])
+def test_gradient_by_hand_is_autograds(context_dim, hidden_dims):
+    net = random_net(6, 2, context_dim, hidden_dims=hidden_dims)
+    assert net.rectified
+    x = torch.randn(10, 6, dtype=torch.double, requires_grad=True)
+    context = torch.randn(10, 3, dtype=torch.double, requires_grad=True) if context_dim else None
+    inputs = [x, *net.parameters(), *([context] if context_dim else [])]
+    results = []
+    for compute in (net, lambda x, c: step_by_step(net, x, c)):
+        theta = compute(x, context)
+        weighting = torch.sin(theta.detach())
+        first = torch.autograd.grad(theta, inputs, weighting, retain_graph=True)
+        again = torch.autograd.grad(theta, inputs, weighting, retain_graph=True)
+        loss = (theta.square() * weighting).sum()
+        curved = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in curved), inputs)
+        many = torch.stack((weighting, 2 * weighting))
+        together = torch.autograd.grad(compute(x, context), inputs, many, is_grads_batched=True)
+        results.append((theta, *first, *again, *curved, *second, *together))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("one_step")
+def test_gradient_by_hand_of_what_is_asked_for():
+    net = random_net(6, 2, hidden_dims=(12, 9))
+    x = torch.randn(10, 6).double()
+    net.layers[0].weight.requires_grad_(False)
+    net.layers[1].bias.requires_grad_(False)
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    for one, other in zip(
+        torch.autograd.grad(net(x).square().sum(), wanted),
+        torch.autograd.grad(step_by_step(net, x, None).square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    net.requires_grad_(False)
+    assert not net(x).requires_grad
+
+
+# torch's own forward-mode derivatives script something when they are first used.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.usefixtures("one_step")
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_formula_where_no_gradient_by_hand_can_be(activation):
+    net = random_net(6, 2, hidden_dims=(12, 9), activation=activation)
+    x, direction = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    J = jacobian(lambda x: net(x).sum(0), x)
+    expected = torch.einsum("dpni,ni->ndp", J, direction)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        slope = torch.autograd.forward_ad.unpack_dual(net(dual)).tangent
+    torch.testing.assert_close(slope, expected)
+    torch.testing.assert_close(torch.func.jvp(net, (x,), (direction,))[1], expected)
+    each = torch.func.vmap(torch.func.jacrev(net))(x)
+    torch.testing.assert_close(torch.einsum("ndpi,ni->ndp", each, direction), expected)
+
+
+@pytest.mark.usefixtures("one_step")
+def test_a_changed_weight_is_noticed_by_backward():
+    net = random_net(6, 2, hidden_dims=(12, 9))
+    theta = net(torch.randn(4, 6).double())
+    with torch.no_grad():
+        net.layers[1].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        theta.sum().backward()
