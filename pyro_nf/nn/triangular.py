@@ -175,7 +175,9 @@ def _substitute_group_by_group(ring: Sequence[Link], first: int, last: int) -> N
                 step.append((link.point, known, *group))
     for i, step in enumerate(steps, start=first):
         for point, known, weight, sums_i, values_i in step:
-            values_i.copy_(point(i, sums_i.addmm_(weight, known)))
+            image = point(i, sums_i.addmm_(weight, known))
+            if image is not values_i:
+                values_i.copy_(image)
 
 
 class _Plan(NamedTuple):
@@ -205,10 +207,12 @@ class _Solve(torch.autograd.Function):
         count = len(plan.masks)
         weights, biases = parameters[:count], parameters[count:]
         few = v.shape[-1] <= FEW_ROWS
+        # Made out here they stay ordinary tensors.
+        z, ladj = v.clone(memory_format=torch.contiguous_format), v.new_zeros(v.shape[-1])
         with torch.inference_mode():  # makes all the small calls some 10 % cheaper
-            found = _by_passes(plan, v, start, weights, biases) if few else None
-            z, ladj = found or _by_substitution(plan, v, start, weights, biases)
-        return z.clone(), ladj.clone()  # copies made out here are ordinary tensors again
+            if not (few and _by_passes(plan, z, ladj, start, weights, biases)):
+                _by_substitution(plan, z, ladj, start, weights, biases)
+        return z, ladj
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -220,11 +224,17 @@ class _Solve(torch.autograd.Function):
 
 
 def _by_passes(
-    plan: _Plan, v: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    """Iterates ``z <- g(v; net(z))`` until no bit changes: then ``z`` solves. None if not in time.
+    plan: _Plan,
+    v: Tensor,
+    ladj: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> bool:
+    """Iterates ``z <- g(v; net(z))`` until no bit changes: then ``z`` solves. False if not in time.
 
-    Each pass settles at least one more coordinate, and mostly many more.
+    Each pass settles at least one more coordinate, and mostly many more. Overwrites as
+    :func:`_by_substitution` does.
     """
     groups_per_pass = 1 + sum(w.numel() for w in weights) / WEIGHTS_PER_GROUP
     first, *rest = (weight * mask for weight, mask in zip(weights, plan.masks, strict=True))
@@ -232,33 +242,44 @@ def _by_passes(
     z = v
     for _ in range(int(len(v) / groups_per_pass / 2)):
         *_, theta = propagate(torch.addmm(start, first, z), layers, plan.skips, plan.activation)
-        image, ladj = plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))
+        image, ladjs = plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))
         if torch.equal(image.T, z):
-            return z, ladj.sum(-1)
+            v.copy_(z)
+            torch.sum(ladjs, -1, out=ladj)
+            return True
         z = image.T
-    return None
+    return False
 
 
 def _by_substitution(
-    plan: _Plan, v: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    r"""The ring :math:`z \to s_1 \to \dots \to s_L \to \theta \to z`."""
+    plan: _Plan,
+    z: Tensor,
+    ladj: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> None:
+    r"""The ring :math:`z \to s_1 \to \dots \to s_L \to \theta \to z`.
+
+    Fresh memory is dear, so values take the place of what they are computed from: ``z`` is given as
+    ``v``, and ladjs are added to ``ladj``.
+    """
     z_groups, *groups = plan.groups
-    # Fresh memory is dear, so values take the place of what they are computed from.
-    z, ladj = v.clone(), v.new_zeros(v.shape[-1])
     v_of = z.unbind()
-    starts = (start, *(bias.expand(-1, v.shape[-1]) for bias in biases))
+    starts = (start, *(bias.expand(-1, z.shape[-1]) for bias in biases))
     sums = [start.clone(memory_format=torch.contiguous_format) for start in starts]
     values = sums[:-1]
     if any(plan.skips):  # which need the sums when the values are there
         values = [torch.zeros_like(s) for s in values]
+    overwriting = type(plan.activation) is nn.ReLU and plan.activation.inplace
+    activate = torch.relu_ if overwriting else plan.activation.forward
     s = z  # the sums of the layer before
 
     def unit(skip: bool) -> Callable[[int, Tensor], Tensor]:
         def point(i: int, sums: Tensor) -> Tensor:
             nonlocal s
             s = sums.add_(s) if skip else sums
-            return plan.activation.forward(s)
+            return activate(s)
 
         return point
 
@@ -274,7 +295,6 @@ def _by_substitution(
     ]
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, groups[-1], z_groups, output))
     substitute(ring, plan.leaf, 0, len(z))
-    return z, ladj
 
 
 def _with_implicit_gradient(

@@ -100,8 +100,7 @@ class Autoregressive(FlowTransform):
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         one_pass = self.fast == "forward"
-        y, ladj = self._map(self.univariate.forward_and_ladj, one_pass, x, context)
-        return y.contiguous(), ladj  # draws are for the user, who may call y.view
+        return self._map(self.univariate.forward_and_ladj, one_pass, x, context)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         one_pass = self.fast == "inverse"

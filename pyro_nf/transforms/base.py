@@ -87,7 +87,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
             ValueError: If a shape is wrong, or the context is missing or superfluous.
             TypeError: If an argument is not a floating tensor.
         """
-        return self._forward_and_ladj(self._expand("x", x, context, self.domain), context)
+        x = self._expand("x", x, context, self.domain)
+        y, ladj = self._forward_and_ladj(x, context)
+        return y.contiguous(), ladj  # draws are for the user, who may call y.view
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Maps data to base in one pass.

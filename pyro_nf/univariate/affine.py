@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyro_nf._checks import check_positive
 from pyro_nf.ops.gradients import by_hand, final
@@ -68,7 +67,7 @@ class Affine(UnivariateMap):
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
-        return t, F.hardtanh(a, -self.max_log_scale, self.max_log_scale)
+        return t, a.clamp(-self.max_log_scale, self.max_log_scale)
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         if _by_hand(x, params):
@@ -100,7 +99,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
-        s = F.hardtanh(a, -bound, bound)
+        s = a.clamp(-bound, bound)
         ctx.bound, ctx.layout = bound, _layout(params)
         ctx.save_for_backward(x, s)
         return torch.addcmul(t, x, s.exp()), s
@@ -122,7 +121,7 @@ class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, params: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         t, a = params.unbind(-1)
-        ladj = F.hardtanh(a, -bound, bound).neg_()
+        ladj = a.clamp(-bound, bound).neg_()
         x = (y - t).mul_(ladj.exp())
         ctx.bound, ctx.layout = bound, _layout(params)
         ctx.save_for_backward(x, ladj)
