@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_nf._checks import check_count, check_dims
 from pyro_nf.ops.gradients import by_hand, final
+from pyro_nf.ops.layout import features_first
 
 # A triangular product is cut into at most MAX_STRIPS strips, none thinner than MIN_STRIP rows: more
 # strips skip more of the half that is zero, thinner ones cost more in calls than they save. Nor do
@@ -176,13 +177,6 @@ class MaskedNet(nn.Module):
             return bias
         offset = self.context(context) + bias.squeeze(-1)
         return offset.expand(*batch_shape, -1).reshape(-1, len(bias)).T
-
-
-def features_first(t: Tensor) -> Tensor:
-    """Turns ``(..., features)`` into ``(features, N)``, which wastes less memory and time."""
-    if t.dim() == 2 and t.stride(0) == 1:  # it lies so already, like all but the first in a chain
-        return t.T
-    return t.reshape(-1, t.shape[-1]).T.contiguous()
 
 
 def propagate(

@@ -8,8 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyro_nf._checks import check_count
+from pyro_nf.ops.layout import FEW_PARAMS, features_first
 
 
 class MLP(nn.Module):
@@ -30,7 +32,7 @@ class MLP(nn.Module):
         num_params: How many parameters each of them gets.
         context_dim: Width of the context, 0 for none.
         hidden_dims: Widths of the hidden layers, at least one.
-        activation: Makes :math:`\sigma`.
+        activation: Makes :math:`\sigma`, which must act on each number alone.
         residual: Whether layers of equal width are joined by a skip.
 
     Raises:
@@ -62,27 +64,41 @@ class MLP(nn.Module):
         if input_dim + context_dim == 0:
             raise ValueError("MLP: input_dim and context_dim are both 0; use Constant instead.")
         self.output_shape = (output_dim, num_params)
-        self.first = nn.Linear(input_dim, hidden_dims[0]) if input_dim else None
+        self.first = Linear(input_dim, hidden_dims[0]) if input_dim else None
         self.context = nn.Linear(context_dim, hidden_dims[0]) if context_dim else None
-        last = nn.Linear(hidden_dims[-1], output_dim * num_params)
+        last = Linear(hidden_dims[-1], output_dim * num_params)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         layers: list[nn.Module] = []
         for a, b in pairwise(hidden_dims):
             skip = residual and a == b
-            layer = (activation() if skip else _in_place(activation()), nn.Linear(a, b))
+            layer = (activation() if skip else _in_place(activation()), Linear(a, b))
             layers += [Skip(*layer)] if skip else layer
         self.rest = nn.Sequential(*layers, _in_place(activation()), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.context is None:
-            h = cast(nn.Module, self.first)(x)
-        elif self.first is None:
-            h = self.context(context)
+            batch_shape, h = x.shape[:-1], cast(Linear, self.first)(features_first(x))
         else:
-            h = self.first(x) + self.context(context)
-        params: Tensor = self.rest(h)
-        return params.view(*params.shape[:-1], *self.output_shape)
+            s = self.context(context)
+            if self.first is not None:
+                seen = self.first(features_first(x)).T
+                s = seen.reshape(*x.shape[:-1], self.first.out_features) + s
+            batch_shape, h = s.shape[:-1], features_first(s)
+        *layers, last = cast("list[Linear]", list(self.rest))
+        for layer in layers:
+            h = layer(h)
+        few = self.output_shape[-1] <= FEW_PARAMS
+        params = last(h).T if few else F.linear(h.T, last.weight, last.bias)
+        return params.reshape(*batch_shape, *self.output_shape)
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes and gives features first, ``(features, N)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns ``W input + b``."""
+        return torch.addmm(self.bias.unsqueeze(-1), self.weight, input)
 
 
 def _in_place(activation: nn.Module) -> nn.Module:

@@ -47,7 +47,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyro_nf.nn.masked import Groups, MaskedLinear, MaskedNet, features_first, propagate
+from pyro_nf.nn.masked import Groups, MaskedLinear, MaskedNet, propagate
+from pyro_nf.ops.layout import features_first
 
 # Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
 # more than MOST_GROUPS groups: there it costs more in calls than it saves in products.

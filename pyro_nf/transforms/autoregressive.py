@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.nn.masked import MaskedNet, features_first
+from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import Map, solve
+from pyro_nf.ops.layout import features_first
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.base import UnivariateMap

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.mlp import MLP, Constant
+from pyro_nf.ops.layout import FEW_PARAMS, features_first
 from pyro_nf.transforms.base import Chain, FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.base import UnivariateMap
@@ -87,13 +88,21 @@ class Coupling(FlowTransform):
         value: Tensor,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        few = self.univariate.num_params <= FEW_PARAMS
+        if few:  # values lie as the parameters do
+            value = features_first(value).T.reshape(value.shape)
         first, last = value.split(self.sizes, -1)
         a, b = (last, first) if self.swap else (first, last)
         params = self.net(a, context)
         if params.shape[:-1] != b.shape:  # the conditioner saw less than the whole batch
             params = params.expand(*b.shape, params.shape[-1])
         b, ladj = direction(b, params)
-        return torch.cat((b, a) if self.swap else (a, b), -1), ladj.sum(-1)
+        halves = (b, a) if self.swap else (a, b)
+        if few:
+            joint = torch.cat([features_first(half) for half in halves]).T.reshape(value.shape)
+        else:
+            joint = torch.cat(halves, -1)
+        return joint, ladj.sum(-1)
 
 
 def _pair(

@@ -6,6 +6,7 @@ from torch import nn
 
 from pyro_nf.nn import masked
 from pyro_nf.nn.masked import MaskedLinear, MaskedNet
+from pyro_nf.ops.layout import features_first
 
 SHAPES = [
     (1, (8,)),
@@ -289,3 +290,13 @@ def test_a_changed_weight_is_noticed_by_backward():
         net.layers[1].weight.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         theta.sum().backward()
+
+
+@pytest.mark.parametrize("batch_shape", [(), (1,), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_features_first(width, batch_shape):
+    t = torch.randn(*batch_shape, width)
+    turned = features_first(t)
+    assert turned.shape == (width, t.shape[:-1].numel())
+    assert torch.equal(turned.T.reshape(t.shape), t)
+    assert features_first(turned.T).data_ptr() == turned.data_ptr()
