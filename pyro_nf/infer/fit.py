@@ -219,7 +219,7 @@ def fit_svi(
     flow, watched = guide._ready(), _Watched(objective or ELBO())
     history = train(
         flow,
-        posterior_stages(flow, joint, objective=watched, pace=pace),
+        posterior_stages(flow, joint, objective=watched, pace=pace, tails=objective is None),
         max_steps=max_steps,
         max_seconds=None if max_seconds is None else max(max_seconds - (clock() - began), 1e-3),
         validate=None if objective else lambda: -flow_elbo(flow, joint, seed=seed),

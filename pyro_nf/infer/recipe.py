@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,6 +40,9 @@ FEW_RATE = 1e-2
 NEARLY_FREE = 1.5
 # Decay of the moving average of the parameters that is kept.
 AVERAGE = 0.99
+# Once the log weights spread less than EVEN nats, so many of the draws come from a base so wide.
+EVEN = 0.05
+WIDE_SHARE, WIDE_SCALE = 0.25, 1.5
 # Draws that a state is judged by; always the same, so that states are compared without their noise.
 CHECK_PARTICLES = 512
 
@@ -88,14 +92,20 @@ def autoregressive_layers(input_dim: int) -> Chain:
 class Step:
     """The loss of one step: fresh draws of the base, and an objective on them.
 
+    Once q is p but for the tails, where few draws fall, it is the tails that decide what importance
+    weights are worth. A path gradient (:class:`~pyro_nf.infer.objectives.StickTheLanding`) is zero
+    wherever q is p, whatever the draws, so some of them may then come from further out.
+
     Args:
         flow: q.
         joint: p.
         objective: What is minimised.
         count_particles: S.
+        tails: Whether to draw from further out when the weights are even; for a path gradient.
 
     Attributes:
         last: The last :class:`~pyro_nf.infer.objectives.Estimate`.
+        memory: Standard deviation of the last log weights, as "spread".
     """
 
     def __init__(
@@ -104,13 +114,21 @@ class Step:
         joint: DifferentiableLogJoint,
         objective: Objective,
         count_particles: int = COUNT_PARTICLES,
+        tails: bool = False,
     ) -> None:
         self.flow, self.joint, self.objective = flow, joint, objective
-        self.count_particles = count_particles
+        self.count_particles, self.tails = count_particles, tails
+        self.memory: dict[str, float] = {}
 
     def __call__(self, batch: object = None) -> Tensor:
         x, weights = base_draws(self.flow, self.count_particles)
+        count_wide = 0
+        if self.tails and weights is None and self.memory.get("spread", math.inf) < EVEN:
+            count_wide = int(WIDE_SHARE * len(x))
+            x = torch.cat([WIDE_SCALE * x[:count_wide], x[count_wide:]])
         self.last = self.objective(self.flow, self.joint, x, weights)
+        if self.tails:
+            self.memory["spread"] = float(self.last.log_weights[count_wide:].std())
         return self.last.loss
 
 
@@ -181,6 +199,7 @@ def posterior_stages(
     *,
     objective: Objective | None = None,
     pace: Pace | None = None,
+    tails: bool = False,
 ) -> list[Stage]:
     """The affine base alone, then everything.
 
@@ -189,12 +208,13 @@ def posterior_stages(
         joint: The log joint density.
         objective: :class:`~pyro_nf.infer.objectives.ELBO` by default.
         pace: Particles and learning rate.
+        tails: See :class:`Step`.
     """
     objective, pace = objective or ELBO(), pace or Pace()
     parts = cast("list[FlowTransform]", list(cast(Chain, flow.transform).parts))
     base = Flow(Chain(parts[1:]), flow.base)
     affine = Step(base, joint, objective, pace.count_particles)
-    step = Step(flow, joint, objective, pace.count_particles)
+    step = Step(flow, joint, objective, pace.count_particles, tails)
     first, last = AFFINE_RATES
     return [
         Stage(
@@ -203,5 +223,11 @@ def posterior_stages(
             warm_cosine(20, last / first),
             AFFINE_SHARE,
         ),
-        Stage(step, adam(flow.parameters(), pace.rate, BETAS), warm_cosine(20), 1 - AFFINE_SHARE),
+        Stage(
+            step,
+            adam(flow.parameters(), pace.rate, BETAS),
+            warm_cosine(20),
+            1 - AFFINE_SHARE,
+            step.memory,
+        ),
     ]

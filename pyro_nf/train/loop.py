@@ -129,12 +129,14 @@ class Stage:
         optimizer: Holds the parameters and their learning rates.
         schedule: Factor on the learning rates, from the step and the progress of this stage.
         share: Its weight in the division of the budget among the stages.
+        memory: What the loss remembers from step to step; a checkpoint keeps it.
     """
 
     loss: Callable[[Any], Tensor]
     optimizer: Optimizer
     schedule: Callable[[int, float], float] = field(default_factory=warm_cosine)
     share: float = 1.0
+    memory: dict[str, float] = field(default_factory=dict)
 
 
 class Minibatches:
@@ -466,6 +468,7 @@ class _Run:
                 "history": asdict(self.history),
                 "rate_factor": self.rate_factor,
                 "bad_steps": self.bad_steps,
+                "memories": [stage.memory for stage in self.stages],
                 "generators": generator_values,
                 "settings": self.settings,
             },
@@ -487,6 +490,8 @@ class _Run:
         values = state.values
         self.history.__dict__.update(values["history"])
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
+        for stage, memory in zip(self.stages, values["memories"], strict=True):
+            stage.memory.update(memory)
         set_random_state(state.generators, values["generators"])
 
 

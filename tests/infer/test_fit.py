@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi, flows
-from pyro_nf.infer.objectives import ELBO, Objective, Reparameterised
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised
+from pyro_nf.infer.recipe import Step
 from pyro_nf.testing import randomize
 
 Y = torch.tensor([1.0, 2.5, 0.3])
@@ -177,6 +179,50 @@ def test_resuming_equals_an_uninterrupted_fit(first: int, tmp_path: Path) -> Non
     assert resumed.history.losses == whole.history.losses
     assert resumed.history.checked_values == whole.history.checked_values
     assert same(state(resumed.guide), state(whole.guide))
+
+
+def test_resuming_remembers_that_the_weights_are_even(tmp_path: Path) -> None:
+    calls, last = 0, 10**9
+
+    def model() -> None:  # Gaussian: exact from the start, so every step draws from the tails
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0))
+
+    whole = fit(model, max_steps=150)
+    calls, last, path = 0, calls - 20, tmp_path / "fit"
+    stopped = fit(model, max_steps=150, checkpoint=path, checkpoint_every=50)
+    assert 100 < stopped.history.steps < 150
+    last = 10**9
+    resumed = fit(model, max_steps=150, checkpoint=path)
+    assert resumed.history.losses == whole.history.losses
+    assert same(state(resumed.guide), state(whole.guide))
+
+
+class Spy(Objective):
+    """Notes the draws, and says that their log weights spread by so much."""
+
+    def __init__(self, spread: float) -> None:
+        self.spread, self.draws = spread, []
+
+    def __call__(self, flow, joint, x, weights=None):
+        self.draws.append(x)
+        log_weights = self.spread * torch.linspace(-1, 1, len(x))
+        return Estimate(x.sum(), log_weights, 0)
+
+
+@pytest.mark.parametrize(("spread", "tails"), [(0.5, True), (0.01, True), (0.01, False)])
+def test_even_weights_send_a_quarter_of_the_draws_to_the_tails(spread: float, tails: bool) -> None:
+    flow, spy = small(2), Spy(spread)
+    step = Step(flow, LogJoint(skewed), spy, count_particles=20_000, tails=tails)
+    step(), step()
+    first, second = spy.draws
+    assert abs(float(first.std()) - 1) < 0.02
+    wide = 1.5 if tails and spread < 0.05 else 1.0
+    assert abs(float(second[:5000].std()) - wide) < 0.03
+    assert abs(float(second[5000:].std()) - 1) < 0.02
 
 
 def test_a_finished_checkpoint_is_the_fit(tmp_path: Path) -> None:
