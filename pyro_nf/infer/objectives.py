@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pyro_nf.flows.flow import Flow
 
-# Up to this many dimensions D + 1 backward passes in one batch cost less than an inverse pass of an
-# autoregressive transform and its backward.
-_MAX_JACOBIAN_DIM = 32
+# Up to this many numbers, S D, the D + 1 backward passes in one batch cost less than an inverse pass
+# of an autoregressive transform and its backward.
+_MAX_JACOBIAN_SIZE = 3000
 
 
 class DifferentiableLogJoint(Protocol):
@@ -165,7 +165,7 @@ class StickTheLanding(GradientEstimator):
     def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
         by = self.by
         if by == "auto":
-            cheap = flow.transform.fast == "both" or flow.input_dim > _MAX_JACOBIAN_DIM
+            cheap = flow.transform.fast == "both" or x.numel() > _MAX_JACOBIAN_SIZE
             by = "inverse" if cheap and flow.transform.inverse_kind == "exact" else "jacobian"
         x = x if x.requires_grad else x.detach().requires_grad_()
         z, ladj = flow.transform.forward_and_ladj(x)
