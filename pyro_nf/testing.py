@@ -263,6 +263,18 @@ def gradients_cancel(transform: FlowTransform) -> None:
             _close("gradient in a parameter of a round trip", grad, torch.zeros_like(grad), 1e-6)
 
 
+def scores_are_pushed(transform: FlowTransform) -> None:
+    """J^T times the score of y, plus the gradient of the ladj, is the score of x."""
+    x, context = _x(transform, 2, 3).requires_grad_(), _context(transform, 3)
+    y, ladj = transform.forward_and_ladj(x, context)
+    score_x = points(constraints.real, tuple(x.shape), seed=4)
+    pushed, score_y = transform.push_score(x, score_x, context)
+    assert not (pushed.requires_grad or score_y.requires_grad), "push_score left a graph"
+    _close("y of push_score", pushed, y, EXACT)
+    total = (y * score_y).sum() + ladj.sum()
+    _close("score brought back", torch.autograd.grad(total, x)[0], score_x, 1e-6)
+
+
 def nothing_is_stale(transform: FlowTransform) -> None:
     """The same tensor gives the new value after any change of a parameter, even through .data."""
     t = copy.deepcopy(transform)
@@ -374,6 +386,7 @@ TRANSFORM_LAWS: tuple[Callable[[FlowTransform], None], ...] = (
     keeps_dtype,
     every_parameter_learns,
     gradients_cancel,
+    scores_are_pushed,
     nothing_is_stale,
     copies_agree,
     compiles,

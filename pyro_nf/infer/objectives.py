@@ -16,16 +16,12 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_nf.flows.flow import Flow
-
-# Up to this many numbers, S D, the D + 1 backward passes in one batch cost less than an inverse pass
-# of an autoregressive transform and its backward.
-_MAX_JACOBIAN_SIZE = 3000
 
 
 class DifferentiableLogJoint(Protocol):
@@ -150,35 +146,23 @@ class StickTheLanding(GradientEstimator):
     .. math:: \nabla \log w = (\nabla_z \log p - \nabla_z \log q)^\top \, \partial z / \partial
               \phi, \qquad \nabla_z \log q = J^{-\top} \nabla_x (\log p_0(x) - \log|\det J|)
 
-    Its variance vanishes when q is p. No inverse is needed: J comes from D backward passes in one
-    batch. Where the inverse is cheap, or D is large, grad log q is taken through the inverse.
+    Its variance vanishes when q is p. The score of q comes from that of the base
+    (:meth:`~pyro_nf.transforms.base.FlowTransform.push_score`), so that no inverse is needed.
 
     *Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference*
     (Roeder, Wu, Duvenaud, 2017).
-
-    Args:
-        by: "jacobian", "inverse", or "auto" for the cheaper one.
     """
 
-    by: Literal["auto", "jacobian", "inverse"] = "auto"
-
     def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
-        by = self.by
-        if by == "auto":
-            cheap = flow.transform.fast == "both" or x.numel() > _MAX_JACOBIAN_SIZE
-            by = "inverse" if cheap and flow.transform.inverse_kind == "exact" else "jacobian"
-        x = x if x.requires_grad else x.detach().requires_grad_()
         z, ladj = flow.transform.forward_and_ladj(x)
-        log_q = flow.base().log_prob(x) - ladj
-        if by == "jacobian":
-            slope_q = _slope_by_jacobian(x, z, log_q)
-        else:
-            leaf = z.detach().requires_grad_()
-            with torch.enable_grad():
-                (slope_q,) = torch.autograd.grad(flow().log_prob(leaf).sum(), leaf)
-        paths = _density_paths(flow, joint, x, z, log_q)
+        base = flow.base()
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (slope_x,) = torch.autograd.grad(base.log_prob(leaf).sum(), leaf)
+        _, slope_q = flow.transform.push_score(leaf.detach(), slope_x)
+        paths = _density_paths(flow, joint, x, z, base.log_prob(x) - ladj)
         ok = paths.ok & torch.isfinite(slope_q).all(-1)
-        return Paths(z, log_q, paths.log_p, paths.slope_p, slope_q, ok)
+        return Paths(z, paths.log_q, paths.log_p, paths.slope_p, slope_q, ok)
 
     def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
         assert paths.slope_q is not None
@@ -186,20 +170,6 @@ class StickTheLanding(GradientEstimator):
         z = paths.keep(paths.z)
         log_p = paths.keep(paths.log_p)
         return (weights * ((slope * z).sum(-1) + temperature * log_p)).sum()
-
-
-def _slope_by_jacobian(x: Tensor, z: Tensor, log_q: Tensor) -> Tensor:
-    """J^-T d log_q / dx (S, D): D + 1 backward passes in one batch, and a solve."""
-    count, dim = z.shape
-    rows = torch.eye(dim, dtype=z.dtype, device=z.device).unsqueeze(1)
-    of_z = torch.cat([rows, rows.new_zeros(1, 1, dim)]).expand(dim + 1, count, dim)
-    of_log_q = torch.cat([rows.new_zeros(dim, 1), rows.new_ones(1, 1)]).expand(dim + 1, count)
-    (both,) = torch.autograd.grad(
-        (z, log_q), x, (of_z, of_log_q), retain_graph=True, is_grads_batched=True
-    )
-    J_T, slope_x = both[:dim].permute(1, 2, 0), both[dim]
-    slope, failed = torch.linalg.solve_ex(J_T, slope_x.unsqueeze(-1))
-    return torch.where(failed.unsqueeze(-1) != 0, torch.nan, slope.squeeze(-1))
 
 
 class Objective(ABC):

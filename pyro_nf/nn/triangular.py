@@ -111,6 +111,59 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
     return z, ladj.sum(-1)
 
 
+@torch.compiler.disable
+def push_score(
+    net: MaskedNet, u: Map, x: Tensor, score: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r"""Carries points and their scores through :math:`y = u(x; \operatorname{net}(x, c))`.
+
+    .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log|\det J|)
+
+    With :math:`a = \partial u/\partial x` and :math:`U = \partial u/\partial\theta`, :math:`J = a
+    + U N` is triangular. The score :math:`r` of ``y`` is what the network gives back,
+
+    .. math::
+        \mu = N^\top \bar\theta, \qquad
+        \bar\theta = U^\top r + \partial\ell/\partial\theta, \qquad
+        a r = \nabla_x \log p(x) - \partial\ell/\partial x - \mu,
+
+    where :math:`\ell` is the ladj of ``u``: the same ring as for the gradient of :func:`solve`.
+
+    Args:
+        net: The network of :math:`\theta`.
+        u: One direction of a univariate map.
+        x: Shape ``(..., D)``.
+        score: :math:`\nabla_x \log p(x)`, of that shape.
+        context: Shape ``(..., C)``, whose batch broadcasts to that of ``x``; None if there is none.
+
+    Returns:
+        ``y`` and its score, each of shape ``(..., D)``, without a graph.
+    """
+    layers = cast(Sequence[MaskedLinear], net.layers)
+    plan = _Plan(u, net.activation, net.skips, [layer.mask for layer in layers], net.groups)
+    with torch.no_grad():
+        inputs = [features_first(x), *net.sums(x, context)]
+    with torch.enable_grad():
+        columns, *hidden, theta = (t.detach().requires_grad_() for t in inputs)
+        y, ladj = u(columns.T, theta.T.unflatten(-1, (len(columns), -1)))
+        units = sum((net.activation(s.clone()).sum() for s in hidden), y.sum())
+        a, U, *slopes = torch.autograd.grad(units, [columns, theta, *hidden], retain_graph=True)
+        # a volume-preserving map has a constant ladj
+        parts = torch.autograd.grad(ladj.sum(), [columns, theta], materialize_grads=True)
+    with torch.inference_mode():
+        rest = features_first(score) - parts[0]
+
+        def of_theta(value: Tensor) -> Tensor:
+            return (U.unflatten(0, (len(a), -1)) * (value / a).unsqueeze(1)).flatten(0, 1)
+
+        tau = of_theta(rest) + parts[1]
+        weights = [layer.weight for layer in layers]
+        slopes = [*slopes, -of_theta(torch.ones_like(a))]
+        mu, _ = _by_transposed_substitution(plan, tau, slopes, weights)
+        r = (rest - mu) / a
+    return y.detach().reshape(x.shape), r.clone().T.reshape(x.shape)
+
+
 class Link(NamedTuple):
     """One link of a ring: its sums collect ``weight`` times the values of the link before.
 

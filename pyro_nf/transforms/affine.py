@@ -50,6 +50,13 @@ class LowerAffine(FlowTransform):
         x = _solve_rows(self.scale_tril, y - self.loc)
         return x, -self.log_diagonal.sum().expand(y.shape[:-1])
 
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            L = self.scale_tril
+            return self.loc + x @ L.mT, _solve_rows(L.mT, score, upper=True)
+
 
 class LowRankAffine(FlowTransform):
     r"""An affine map that is full in a learned subspace and diagonal outside of it.
@@ -153,9 +160,16 @@ class FixedAffine(FlowTransform):
         x = centred / self.scale if self.scale.dim() == 1 else _solve_rows(self.scale, centred)
         return x, -self._ladj().expand(y.shape[:-1])
 
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.scale.dim() == 1:
+            return self.loc + self.scale * x, score / self.scale
+        return self.loc + x @ self.scale.mT, _solve_rows(self.scale.mT, score, upper=True)
 
-def _solve_rows(lower: Tensor, rows: Tensor) -> Tensor:
-    """x (..., D) with L x = row for every row: X L^T = R, solved from the right."""
+
+def _solve_rows(T: Tensor, rows: Tensor, *, upper: bool = False) -> Tensor:
+    """x (..., D) with T x = row for every row: X T^T = R, solved from the right."""
     flat = rows.reshape(-1, rows.shape[-1])
-    x = torch.linalg.solve_triangular(lower.mT, flat, upper=True, left=False)
+    x = torch.linalg.solve_triangular(T.mT, flat, upper=not upper, left=False)
     return x.reshape(rows.shape)

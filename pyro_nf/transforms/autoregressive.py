@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.masked import MaskedNet
-from pyro_nf.nn.triangular import Map, solve
+from pyro_nf.nn.triangular import Map, push_score, solve
 from pyro_nf.ops.layout import features_first
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Affine
@@ -110,8 +110,7 @@ class Autoregressive(FlowTransform):
     def _map(
         self, direction: Map, one_pass: bool, value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        v = value if self.order is None else value.index_select(-1, self.order)
-        v = v.flip(-1) if self.reverse else v
+        v = self._sorted(value)
         if one_pass:
             columns = features_first(v)  # as the parameters lie in memory
             v = columns.T if v.dim() == 2 else columns.T.reshape(v.shape)
@@ -119,8 +118,24 @@ class Autoregressive(FlowTransform):
             ladj = ladj.sum(-1)
         else:
             z, ladj = solve(self.net, direction, v, context)
+        return self._unsorted(z), ladj
+
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.fast == "inverse":
+            return super()._push_score(x, score, context)
+        u = self.univariate.forward_and_ladj
+        y, score = push_score(self.net, u, self._sorted(x), self._sorted(score), context)
+        return self._unsorted(y), self._unsorted(score)
+
+    def _sorted(self, value: Tensor) -> Tensor:
+        v = value if self.order is None else value.index_select(-1, self.order)
+        return v.flip(-1) if self.reverse else v
+
+    def _unsorted(self, z: Tensor) -> Tensor:
         z = z.flip(-1) if self.reverse else z
-        return z if self.rank is None else z.index_select(-1, self.rank), ladj
+        return z if self.rank is None else z.index_select(-1, self.rank)
 
 
 def affine_autoregressive(
