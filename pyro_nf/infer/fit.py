@@ -21,7 +21,7 @@ from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.recipe import AVERAGE, Pace, choose_pace, flow_elbo, posterior_stages
+from pyro_nf.infer.recipe import AVERAGE, Pace, choose_pace, elbo_floor, posterior_stages
 from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
@@ -127,7 +127,8 @@ def fit_svi(
     pieces (:func:`~pyro_nf.infer.tempering.separated_mixture`), learns its affine part first and
     then everything (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the
     sticking-the-landing gradient. What is kept is a moving average of the parameters, at the check
-    where its ELBO by a fixed set of draws was best; the start is checked too.
+    where its ELBO by a fixed set of draws, less two standard errors, was best; the start is checked
+    too.
 
     Ctrl-C ends the fit and keeps the best state. A particle whose log density is not finite counts
     for nothing in its step; a step in which all of them fail, or whose gradient is not finite, is
@@ -222,7 +223,7 @@ def fit_svi(
         posterior_stages(flow, joint, objective=watched, pace=pace, tails=objective is None),
         max_steps=max_steps,
         max_seconds=None if max_seconds is None else max(max_seconds - (clock() - began), 1e-3),
-        validate=None if objective else lambda: -flow_elbo(flow, joint, seed=seed),
+        validate=None if objective else lambda: -elbo_floor(flow, joint, seed=seed),
         patience=patience,
         average=AVERAGE,
         seed=seed,

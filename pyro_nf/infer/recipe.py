@@ -40,9 +40,9 @@ FEW_RATE = 1e-2
 NEARLY_FREE = 1.5
 # Decay of the moving average of the parameters that is kept.
 AVERAGE = 0.99
-# Once the log weights spread less than EVEN nats, so many of the draws come from a base so wide.
+# Once the log weights spread less than EVEN nats, such a share of the draws is moved so far out.
 EVEN = 0.05
-WIDE_SHARE, WIDE_SCALE = 0.25, 1.5
+FAR_SHARE, FAR = 0.25, 1.0
 # Draws that a state is judged by; always the same, so that states are compared without their noise.
 CHECK_PARTICLES = 512
 
@@ -122,13 +122,14 @@ class Step:
 
     def __call__(self, batch: object = None) -> Tensor:
         x, weights = base_draws(self.flow, self.count_particles)
-        count_wide = 0
+        count_far = 0
         if self.tails and weights is None and self.memory.get("spread", math.inf) < EVEN:
-            count_wide = int(WIDE_SHARE * len(x))
-            x = torch.cat([WIDE_SCALE * x[:count_wide], x[count_wide:]])
+            count_far = int(FAR_SHARE * len(x))
+            wider = 1 + FAR / math.sqrt(x.shape[-1])  # as |x| is about sqrt(D)
+            x = torch.cat([wider * x[:count_far], x[count_far:]])
         self.last = self.objective(self.flow, self.joint, x, weights)
         if self.tails:
-            self.memory["spread"] = float(self.last.log_weights[count_wide:].std())
+            self.memory["spread"] = float(self.last.log_weights[count_far:].std())
         return self.last.loss
 
 
@@ -139,10 +140,13 @@ def base_draws(flow: Flow, count: int) -> tuple[Tensor, Tensor | None]:
     return flow.base().sample((count,)), None
 
 
-def flow_elbo(
+def elbo_floor(
     flow: Flow, joint: DifferentiableLogJoint, count: int = CHECK_PARTICLES, seed: int = 0
 ) -> float:
-    """The ELBO of a flow by draws that depend on the seed only; NaN if none of them is finite.
+    """What the ELBO of a flow is at least, by draws that depend on the seed only.
+
+    The mean of the log weights less two standard errors: of states that are compared by the same
+    draws, one with uneven weights may seem the best by their luck. NaN if no draw is finite.
 
     Args:
         flow: q.
@@ -156,7 +160,11 @@ def flow_elbo(
         log_w = joint.log_prob(z) - flow.base().log_prob(x) + ladj
         ok = torch.isfinite(log_w)
         weights = ok.to(log_w) * (torch.ones_like(log_w) if weights is None else weights)
-        return float((weights * torch.where(ok, log_w, 0.0)).sum() / weights.sum())
+        weights = weights / weights.sum()
+        log_w = torch.where(ok, log_w, 0.0)
+        elbo = (weights * log_w).sum()
+        error = (weights * (log_w - elbo)).square().sum().sqrt()
+        return float(elbo - 2 * error)
 
 
 @dataclass(frozen=True)
