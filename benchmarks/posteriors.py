@@ -210,8 +210,8 @@ def pyro_guide(name: str) -> Callable[[Problem, int, float], Row]:
     return run
 
 
-class _OutOfTime(Exception):
-    pass
+class OutOfTime(Exception):
+    """NUTS has used its seconds."""
 
 
 def nuts(problem: Problem, seed: int, seconds: float) -> Row:
@@ -226,7 +226,7 @@ def nuts(problem: Problem, seed: int, seconds: float) -> Row:
         if stage.lower().startswith("sample"):
             draws.append({k: v.detach().clone() for k, v in sample.items()})
         if clock() - begin > seconds:
-            raise _OutOfTime
+            raise OutOfTime
 
     def potential(values: dict[str, Tensor]) -> Tensor:
         return -joint.log_prob(values["z"])
@@ -244,7 +244,7 @@ def nuts(problem: Problem, seed: int, seconds: float) -> Row:
     note = ""
     try:
         mcmc.run()
-    except _OutOfTime:
+    except OutOfTime:
         note = f"{len(draws)} of 1000 draws after 500 of warm-up"
     used, nan = clock() - begin, math.nan
     mean_error = sd_error = nan
