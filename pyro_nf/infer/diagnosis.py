@@ -11,8 +11,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from pyro_nf.infer.gaussians import MAX_FULL_DIM
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.start import MAX_FULL_DIM, Start, laplace_start
+from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.weights import Weights
 
 Verdict = Literal["good", "use the weights", "do not trust"]

@@ -22,6 +22,7 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import nsf
+from pyro_nf.infer.gaussians import MAX_FULL_DIM
 from pyro_nf.infer.recipe import affine_base, autoregressive_layers
 from pyro_nf.infer.sites import (
     InitLocFn,
@@ -31,7 +32,7 @@ from pyro_nf.infer.sites import (
     is_flat,
     refuse_subsampled_latents,
 )
-from pyro_nf.infer.start import MAX_FULL_DIM, Start
+from pyro_nf.infer.start import Start
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine

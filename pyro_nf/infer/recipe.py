@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.infer.gaussians import MAX_FULL_DIM
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.recording import process_seconds
-from pyro_nf.infer.start import MAX_FULL_DIM, Start
+from pyro_nf.infer.start import Start
 from pyro_nf.infer.tempering import mixture_draws
 from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.train.randomness import own_randomness

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from pyro_nf.flows.flow import Flow
+from pyro_nf.infer.climbs import BatchedLBFGS
+from pyro_nf.infer.gaussians import laplace_scale
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.recipe import affine_base
-from pyro_nf.infer.start import BatchedLBFGS, laplace_scale, laplace_start
+from pyro_nf.infer.start import laplace_start
 from pyro_nf.infer.tempering import (
     fit_mixture,
     mixture_draws,
