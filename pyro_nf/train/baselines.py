@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ BACKGROUND_SCALES = (4.0, 16.0, 64.0, 256.0)
 
 PATIENCE_GAIN = 1e-3
 """EM ends when the mean log density of a row rises by less."""
+
+COUNT_KMEANS = 4
+"""EM starts from the best of so many runs of k-means: it seldom leaves a poor start."""
 
 MOST_ITERATIONS = 100
 MOST_WORK = 2e10
@@ -120,7 +124,7 @@ def _em(
         -d * scales.log(),
     )
     background = wide.joint_log_prob(x)
-    nearest = _k_means(x, k, generator)
+    nearest, _ = min((_k_means(x, k, generator) for _ in range(COUNT_KMEANS)), key=itemgetter(1))
     responsibility = torch.nn.functional.one_hot(nearest, k).to(x)
     last = -math.inf
     for _ in range(iterations):
@@ -157,22 +161,28 @@ def _maximise(x: Tensor, products: Tensor, responsibility: Tensor) -> tuple[Tens
     return (n / n.sum()).log(), means, inverse.mT
 
 
-def _k_means(x: Tensor, k: int, generator: torch.Generator | None, iterations: int = 10) -> Tensor:
-    """The nearest of k centres for each row: k-means++ seeds, then Lloyd's iterations."""
+def _k_means(
+    x: Tensor, k: int, generator: torch.Generator | None, iterations: int = 10
+) -> tuple[Tensor, float]:
+    """The nearest of k centres for each row, and the sum of the squared distances.
+
+    Greedy k-means++ seeds, then Lloyd's iterations.
+    """
+    count_trials = 2 + int(math.log(k))
+    centres, nearest_square = x[:0], x.new_full((len(x), 1), math.inf)
     weights = x.new_ones(len(x))
-    centres = x[:0]
     for _ in range(k):
-        i = torch.multinomial(weights, 1, generator=generator)
-        centres = torch.cat((centres, x[i]))
-        distance = (x - x[i]).square().sum(-1)
-        weights = distance if len(centres) == 1 else torch.minimum(weights, distance)
-        weights = weights.clamp_min(torch.finfo(x.dtype).tiny)
+        trials = x[torch.multinomial(weights, count_trials, replacement=True, generator=generator)]
+        squares = torch.minimum(nearest_square, torch.cdist(x, trials).square())
+        best = squares.sum(0).argmin()
+        centres, nearest_square = torch.cat((centres, trials[best, None])), squares[:, best, None]
+        weights = nearest_square.squeeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(iterations):
-        nearest = (centres.square().sum(-1) - 2 * x @ centres.mT).argmin(-1)
+        square, nearest = torch.cdist(x, centres).square().min(-1)
         count = torch.bincount(nearest, minlength=k)[:, None]
         total = torch.zeros_like(centres).index_add_(0, nearest, x)
         centres = torch.where(count > 0, total / count.clamp_min(1), centres)
-    return nearest
+    return nearest, square.sum().item()
 
 
 class GaussianCopula:
