@@ -8,10 +8,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_nf._checks import check_count
-from pyro_nf.ops.layout import FEW_PARAMS, features_first
+from pyro_nf.ops.layout import features_first
 
 
 class MLP(nn.Module):
@@ -85,12 +84,7 @@ class MLP(nn.Module):
                 seen = self.first(features_first(x)).T
                 s = seen.reshape(*x.shape[:-1], self.first.out_features) + s
             batch_shape, h = s.shape[:-1], features_first(s)
-        *layers, last = cast("list[Linear]", list(self.rest))
-        for layer in layers:
-            h = layer(h)
-        few = self.output_shape[-1] <= FEW_PARAMS
-        params = last(h).T if few else F.linear(h.T, last.weight, last.bias)
-        return params.reshape(*batch_shape, *self.output_shape)
+        return self.rest(h).T.reshape(*batch_shape, *self.output_shape)
 
 
 class Linear(nn.Linear):

@@ -35,29 +35,26 @@ def find_bin(
 
     Args:
         value: Points inside ``(low, high)``, shape ``(...)``.
-        raw_sizes: Unconstrained widths and heights, shape ``(..., 2, K)``.
-        raw_slopes: Unconstrained slopes at all knots, shape ``(..., K + 1)``.
+        raw_sizes: Unconstrained widths and heights, shape ``(2, K, ...)``: bins come first, so that
+            each is one piece of memory.
+        raw_slopes: Unconstrained slopes at all knots, shape ``(K + 1, ...)``.
         low: Left end of the interval, on both axes.
         high: Right end of the interval, on both axes.
         axis: 0 to compare with the knots on the x axis, 1 with those on the y axis.
     """
-    count_bins = raw_sizes.shape[-1]
+    count_bins = raw_sizes.shape[1]
     scale = 1 - MIN_BIN * count_bins
-    # softmax by hand, for its sum is the last of the running sums that the knots need anyway
-    e = (raw_sizes - raw_sizes.detach().amax(-1, keepdim=True)).exp()
-    sums = e.cumsum(-1)
-    total = sums[..., -1:] / scale
+    shares = raw_sizes.softmax(1)
+    sums = shares.cumsum(1)
     # value >= knot j, solved for the running sum at j: all knots need no other arithmetic
-    least = torch.arange(1, count_bins, dtype=value.dtype, device=value.device) * MIN_BIN
-    unit = ((value - low) / (high - low)).unsqueeze(-1)
-    k = ((unit - least) * total[..., axis, :] >= sums[..., axis, :-1]).sum(-1, keepdim=True)
-    both = k.unsqueeze(-2).expand(*e.shape[:-1], 1)
-    sizes = (high - low) * (MIN_BIN + e.gather(-1, both) / total)
-    ends = low + (high - low) * (MIN_BIN * (both + 1) + sums.gather(-1, both) / total)
-    w, h = sizes.squeeze(-1).unbind(-1)
-    x1, y1 = ends.squeeze(-1).unbind(-1)
-    raw = raw_slopes.gather(-1, torch.cat((k, k + 1), -1))
-    d0, d1 = (MIN_SLOPE + F.softplus(raw + SLOPE_AT_ZERO)).unbind(-1)
+    least = torch.arange(1, count_bins, dtype=value.dtype, device=value.device) * (MIN_BIN / scale)
+    unit = (value - low) / ((high - low) * scale)
+    k = (unit - least.reshape(-1, *(1,) * value.dim()) >= sums[axis, :-1]).sum(0, keepdim=True)
+    both = k.expand(2, 1, *value.shape)
+    w, h = (high - low) * (MIN_BIN + scale * shares.gather(1, both).squeeze(1))
+    x1, y1 = low + (high - low) * (MIN_BIN * (k + 1) + scale * sums.gather(1, both).squeeze(1))
+    raw = raw_slopes.gather(0, torch.cat((k, k + 1)))
+    d0, d1 = MIN_SLOPE + F.softplus(raw + SLOPE_AT_ZERO)
     return Bin(x1 - w, y1 - h, w, h, d0, d1)
 
 

@@ -8,6 +8,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pyro_nf._checks import check_count, check_positive
+from pyro_nf.ops.layout import turned
 from pyro_nf.ops.spline import MIN_BIN, Bin, find_bin, forward_in_bin, inverse_in_bin
 from pyro_nf.univariate.base import UnivariateMap
 
@@ -67,26 +68,26 @@ class RationalQuadratic(UnivariateMap):
 
     def _bin(self, value: Tensor, params: Tensor, axis: int) -> Bin:
         k = self.count_bins
-        raw_sizes = params[..., : 2 * k].unflatten(-1, (2, k))
-        raw_slopes = params[..., 2 * k :]
-        if self.interval is None:
-            raw_slopes = F.pad(raw_slopes, (1, 1))  # a raw slope of 0 is the slope 1 of the tails
+        raw_sizes, raw_slopes = params[: 2 * k].unflatten(0, (2, k)), params[2 * k :]
+        if self.interval is None:  # a raw slope of 0 is the slope 1 of the tails
+            raw_slopes = F.pad(raw_slopes, (0, 0) * value.dim() + (1, 1))
         return find_bin(value, raw_sizes, raw_slopes, self._low, self._high, axis)
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x, params = turned(x), turned(params)
         inside = x.clamp(self._low, self._high)
         y, ladj = forward_in_bin(inside, self._bin(inside, params, axis=0))
-        return self._with_tails(x, inside, y, ladj)
+        return self._with_tails(x, y, ladj)
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y, params = turned(y), turned(params)
         inside = y.clamp(self._low, self._high)
         x, ladj = inverse_in_bin(inside, self._bin(inside, params, axis=1))
-        return self._with_tails(y, inside, x, ladj)
+        return self._with_tails(y, x, ladj)
 
-    def _with_tails(
-        self, value: Tensor, inside: Tensor, image: Tensor, ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if self.interval is not None:
-            return image, ladj
-        tail = (value <= self._low) | (value >= self._high)
-        return torch.where(tail, value, image), torch.where(tail, torch.zeros_like(ladj), ladj)
+    def _with_tails(self, value: Tensor, image: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+        if self.interval is None:
+            tail = (value <= self._low) | (value >= self._high)
+            image = torch.where(tail, value, image)
+            ladj = torch.where(tail, torch.zeros_like(ladj), ladj)
+        return turned(image), turned(ladj)
