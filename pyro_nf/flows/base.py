@@ -114,13 +114,13 @@ class IndependentNormals(dist.TorchDistribution):
         """Draws, with gradients."""
         shape = self._extended_shape(torch.Size(sample_shape))
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.scale * eps
+        return torch.addcmul(self.loc, self.scale, eps)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density, ``(..., D) -> (...)``."""
         eps = (value - self.loc) / self.scale
         constant = self.scale.log().sum() + len(self.loc) * _HALF_LOG_2PI
-        log_prob = -0.5 * eps.square().sum(-1) - constant
+        log_prob = torch.sub(-constant, eps.square().sum(-1), alpha=0.5)
         if not self.batch_shape:  # the common case; broadcast_shapes is slow
             return log_prob
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))

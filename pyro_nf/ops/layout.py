@@ -21,6 +21,12 @@ def features_first(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1]).T.contiguous()
 
 
+def in_columns(t: Tensor) -> Tensor:
+    """The same tensor ``(..., features)``, but each feature is one piece of memory."""
+    columns = features_first(t)
+    return columns.T if t.dim() == 2 else columns.T.reshape(t.shape)
+
+
 def turned(t: Tensor) -> Tensor:
     """Turns the order of all dimensions round: batches come last. A view, its own inverse.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import Map, push_score, solve
-from pyro_nf.ops.layout import features_first
+from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.base import UnivariateMap
@@ -112,8 +112,7 @@ class Autoregressive(FlowTransform):
     ) -> tuple[Tensor, Tensor]:
         v = self._sorted(value)
         if one_pass:
-            columns = features_first(v)  # as the parameters lie in memory
-            v = columns.T if v.dim() == 2 else columns.T.reshape(v.shape)
+            v = in_columns(v)  # as the parameters lie in memory
             z, ladj = direction(v, self.net(v, context))
             ladj = ladj.sum(-1)
         else:

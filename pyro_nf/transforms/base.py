@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 from typing import Literal, cast
 
 import torch
@@ -330,18 +332,18 @@ class Chain(FlowTransform):
         self.domain, self.codomain = parts[0].domain, parts[-1].codomain
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(())
+        ladjs = []
         for part in self._parts():
             x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
-            total = total + ladj
-        return x, total
+            ladjs.append(ladj)
+        return x, reduce(add, ladjs)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(())
+        ladjs = []
         for part in reversed(self._parts()):
             y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
-            total = total + ladj
-        return y, total
+            ladjs.append(ladj)
+        return y, reduce(add, ladjs)
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.mlp import MLP, Constant
-from pyro_nf.ops.layout import features_first
+from pyro_nf.ops.layout import features_first, in_columns
 from pyro_nf.transforms.base import Chain, FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.base import UnivariateMap
@@ -88,7 +88,7 @@ class Coupling(FlowTransform):
         value: Tensor,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        value = features_first(value).T.reshape(value.shape)  # values lie as the parameters do
+        value = in_columns(value)  # as the parameters lie in memory
         first, last = value.split(self.sizes, -1)
         a, b = (last, first) if self.swap else (first, last)
         params = self.net(a, context)
@@ -96,8 +96,8 @@ class Coupling(FlowTransform):
             params = params.expand(*b.shape, params.shape[-1])
         b, ladj = direction(b, params)
         halves = (b, a) if self.swap else (a, b)
-        joint = torch.cat([features_first(half) for half in halves]).T.reshape(value.shape)
-        return joint, ladj.sum(-1)
+        joint = torch.cat([features_first(half) for half in halves]).T
+        return joint.reshape(value.shape) if value.dim() != 2 else joint, ladj.sum(-1)
 
 
 def _pair(
