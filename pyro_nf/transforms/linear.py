@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.ops.gradients import by_hand
+from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform
 
 # A column whose standard deviation is below this counts as constant: it is not blown up to 1.
@@ -128,7 +132,10 @@ class ActNorm(FlowTransform):
         return y, self.log_scale.sum().expand(x.shape[:-1])
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = (y - self.bias) * (-self.log_scale).exp()
+        if torch.is_grad_enabled() and by_hand():
+            x = _Normalized.apply(in_columns(y), self.bias, self.log_scale)
+        else:
+            x = (y - self.bias) * (-self.log_scale).exp()
         return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def start_from_data(
@@ -140,3 +147,25 @@ class ActNorm(FlowTransform):
             if len(y) > 1:
                 self.log_scale.copy_(y.std(0).clamp_min(_MIN_SD).log())
         return super().start_from_data(y, context, whiten=whiten)
+
+
+class _Normalized(torch.autograd.Function):
+    r""":math:`x = (y - b) e^{-s}`, which keeps ``x``, as the next part does, and not ``y - b``.
+
+    .. math::
+        \bar y = \bar x e^{-s}, \qquad \bar b = -e^{-s} \sum \bar x, \qquad \bar s = -\sum \bar x x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        x = (y - b).mul_((-s).exp())
+        ctx.save_for_backward(x, s)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, s = ctx.saved_tensors
+        scale = (-s).exp()
+        grad_y = grad_x * scale if ctx.needs_input_grad[0] else None
+        grad_b = -scale * grad_x.reshape(-1, len(s)).sum(0)
+        return grad_y, grad_b, -(grad_x * x).reshape(-1, len(s)).sum(0)
