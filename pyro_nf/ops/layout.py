@@ -35,4 +35,4 @@ def turned(t: Tensor) -> Tensor:
         >>> turned(torch.zeros(5, 4, 3)).shape
         torch.Size([3, 4, 5])
     """
-    return t.permute(*reversed(range(t.dim())))
+    return t.permute(tuple(reversed(range(t.dim()))))
