@@ -298,12 +298,24 @@ def table(rows: list[Row]) -> str:
         steps = sum(row.steps for row in group) // len(group)
         verdict = "yes" if all(row.passes for row in group) else "no"
         note = next((row.note for row in group if row.note), "")
-        lines.append(
-            f"| {problem} | {method} | {worst('mean_error'):.3f} | {worst('sd_error'):.3f} | "
-            f"{worst('khat'):.2f} | {100 * ess:.1f} % | {worst('gap'):.3f} | {steps} | "
-            f"{verdict} {note} |"
-        )
+        cells = [
+            problem,
+            method,
+            cell(worst("mean_error"), ".3f"),
+            cell(worst("sd_error"), ".3f"),
+            cell(worst("khat"), ".2f"),
+            cell(ess, ".1%"),
+            cell(worst("gap"), ".3f"),
+            str(steps),
+            f"{verdict} {note}".strip(),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(value: float, form: str) -> str:
+    """A figure in that format, or a dash where there is none."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 HEAD = """# Posteriors
