@@ -17,5 +17,5 @@ def test_rows_replace_those_of_the_same_posterior_and_method(tmp_path: Path) -> 
 
 def test_the_page_shows_the_worst_seed() -> None:
     text = page([GOOD, replace(GOOD, seed=1, khat=0.9, ess=0.5)], "today", {})
-    assert "| banana | ours | 0.010 | 0.020 | 0.90 | 50.0 % | 0.010 | 900 | no  |" in text
+    assert "| banana | ours | 0.010 | 0.020 | 0.90 | 50.0% | 0.010 | 900 | no |" in text
     assert page([GOOD], "today", {}).count("yes") == 1
