@@ -83,6 +83,10 @@ class _Watched(Objective):
 
     objective: Objective
 
+    @property
+    def memory(self) -> dict[str, float]:
+        return self.objective.memory
+
     def __call__(
         self,
         flow: Flow,

@@ -175,6 +175,11 @@ class StickTheLanding(GradientEstimator):
 class Objective(ABC):
     """Something to minimise: ``objective(flow, joint, x) -> Estimate``."""
 
+    @property
+    def memory(self) -> dict[str, float]:
+        """What it remembers from call to call, to be kept and changed in place; mostly nothing."""
+        return {}
+
     @abstractmethod
     def __call__(
         self,
@@ -271,11 +276,16 @@ class TemperedELBO(Objective):
         if not 0 < start <= 1:
             raise ValueError(f"TemperedELBO: start must be in (0, 1], got {start}.")
         self.count_steps, self.start, self.gradient = count_steps, start, gradient
-        self._step = 0
+        self._memory = {"step": 0.0}
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """The number of calls, as "step"."""
+        return self._memory
 
     @property
     def temperature(self) -> float:
-        done = min(1.0, self._step / max(1, self.count_steps))
+        done = min(1.0, self._memory["step"] / max(1, self.count_steps))
         return float(self.start ** (1 - done))
 
     def __call__(
@@ -286,7 +296,7 @@ class TemperedELBO(Objective):
         weights: Tensor | None = None,
     ) -> Estimate:
         objective = ELBO(self.gradient, self.temperature)
-        self._step += 1
+        self._memory["step"] += 1
         return objective(flow, joint, x, weights)
 
 

@@ -106,7 +106,8 @@ class Step:
 
     Attributes:
         last: The last :class:`~pyro_nf.infer.objectives.Estimate`.
-        memory: Standard deviation of the last log weights, as "spread".
+        memory: What the objective remembers, and the standard deviation of the last log weights, as
+            "spread".
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Step:
     ) -> None:
         self.flow, self.joint, self.objective = flow, joint, objective
         self.count_particles, self.tails = count_particles, tails
-        self.memory: dict[str, float] = {}
+        self.memory = objective.memory
 
     def __call__(self, batch: object = None) -> Tensor:
         x, weights = base_draws(self.flow, self.count_particles)
@@ -231,6 +232,7 @@ def posterior_stages(
             adam(base.parameters(), first, BETAS),
             warm_cosine(20, last / first),
             AFFINE_SHARE,
+            affine.memory,
         ),
         Stage(
             step,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised
+from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised, TemperedELBO
 from pyro_nf.infer.recipe import Step, elbo_floor
 from pyro_nf.testing import randomize
 
@@ -181,7 +181,8 @@ def test_resuming_equals_an_uninterrupted_fit(first: int, tmp_path: Path) -> Non
     assert same(state(resumed.guide), state(whole.guide))
 
 
-def test_resuming_remembers_that_the_weights_are_even(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", [lambda: None, lambda: TemperedELBO(120)])
+def test_resuming_remembers_what_the_objective_does(objective, tmp_path: Path) -> None:
     calls, last = 0, 10**9
 
     def model() -> None:  # Gaussian: exact from the start, so every step draws from the tails
@@ -191,12 +192,13 @@ def test_resuming_remembers_that_the_weights_are_even(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0))
 
-    whole = fit(model, max_steps=150)
+    whole = fit(model, max_steps=150, objective=objective())
     calls, last, path = 0, calls - 20, tmp_path / "fit"
-    stopped = fit(model, max_steps=150, checkpoint=path, checkpoint_every=50)
+    options = {"max_steps": 150, "checkpoint": path, "checkpoint_every": 50}
+    stopped = fit(model, **options, objective=objective())
     assert 100 < stopped.history.steps < 150
     last = 10**9
-    resumed = fit(model, max_steps=150, checkpoint=path)
+    resumed = fit(model, **options, objective=objective())
     assert resumed.history.losses == whole.history.losses
     assert same(state(resumed.guide), state(whole.guide))
 
