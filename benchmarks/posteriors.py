@@ -31,6 +31,7 @@ from benchmarks import models, timing
 from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.sites import init_anywhere
+from pyro_nf.infer.weights import ROUNDING
 from tests.reference_models import exact_targets
 
 COUNT_DRAWS = 10_000
@@ -118,7 +119,7 @@ def figures(
     known = problem.log_evidence
     gap = (log_evidence if known is None else known) - elbo
     mean_error, sd_error = errors(joint.unpack(z), problem.draws)
-    spread = math.sqrt(max(1 / ess - 1, 0.0) / n)
+    spread = math.hypot(math.sqrt(max(1 / ess - 1, 0.0) / n), ROUNDING)
     return Row(
         problem.name,
         method,

@@ -15,7 +15,7 @@ from torch import Tensor
 # Weights that are all equal have no tail at all: k-hat is -inf.
 _MIN_WEIGHTS = 25
 # Log weights that differ by less (nats) are equal up to the rounding of single precision.
-_ROUNDING = 1e-4
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Weights:
 
     @property
     def elbo_se(self) -> float:
-        """Standard error of ``elbo``."""
-        return float(self.raw.std() / math.sqrt(len(self.raw)))
+        """Standard error of ``elbo``, the rounding of log densities included."""
+        return math.hypot(float(self.raw.std() / math.sqrt(len(self.raw))), ROUNDING)
 
     @property
     def log_evidence(self) -> float:
@@ -63,9 +63,9 @@ class Weights:
 
     @property
     def log_evidence_se(self) -> float:
-        """Standard error of ``log_evidence``, by the delta method."""
+        """Standard error of ``log_evidence``, by the delta method and with the rounding."""
         relative = self.normalized * len(self.smoothed)
-        return float(relative.std() / math.sqrt(len(relative)))
+        return math.hypot(float(relative.std() / math.sqrt(len(relative))), ROUNDING)
 
 
 def smooth(log_weights: Tensor) -> Weights:
@@ -90,12 +90,12 @@ def smooth(log_weights: Tensor) -> Weights:
             f"smooth: wanted log weights that are finite or -inf, got {int((~finite).sum())} of "
             f"{len(raw)} that are NaN, inf or -inf; look for NaN in the model's log density."
         )
-    equal = float(raw[finite].max() - raw[finite].min()) < _ROUNDING
+    equal = float(raw[finite].max() - raw[finite].min()) < ROUNDING
     if int(finite.sum()) < _MIN_WEIGHTS or equal:
         khat = math.inf if int(finite.sum()) < _MIN_WEIGHTS else -math.inf
         return Weights(raw, raw, khat)
     tail = raw[finite].sort().values[-max(_MIN_WEIGHTS, int(finite.sum()) // 20) :]
-    if float(tail[-1] - tail[0]) < _ROUNDING:  # the largest weights are equal: they are bounded
+    if float(tail[-1] - tail[0]) < ROUNDING:  # the largest weights are equal: they are bounded
         return Weights(raw, raw, -math.inf)
     with np.errstate(divide="ignore", invalid="ignore"):  # ties within the tail
         normalized, khat = _psislw(raw[finite].numpy())

@@ -106,6 +106,11 @@ def rough(num_draws: int = 4000, loc: float = 0.4, scale: float = 0.9) -> Poster
 # Draws.
 
 
+def test_the_errors_of_equal_weights_are_those_of_rounding() -> None:
+    weights = smooth(torch.full((500,), 3.0))
+    assert weights.elbo_se == weights.log_evidence_se == 1e-4
+
+
 def test_natural_shapes(all_shapes: Posterior) -> None:
     assert {name: tuple(draws.shape) for name, draws in all_shapes.samples.items()} == {
         name: (200, *shape) for name, shape in SHAPES.items()
