@@ -31,7 +31,7 @@ from benchmarks import models, timing
 from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.sites import init_anywhere
-from pyro_nf.infer.weights import ROUNDING
+from pyro_nf.infer.weights import smooth
 from tests.reference_models import exact_targets
 
 COUNT_DRAWS = 10_000
@@ -114,12 +114,11 @@ def figures(
     elbo = float(log_w[ok].mean())
     w = torch.where(ok, log_w, -torch.inf).softmax(0)
     ess = float(1 / (w**2).sum() / n)
-    log_evidence = float(torch.where(ok, log_w, -torch.inf).logsumexp(0)) - math.log(n)
-    khat = float(arviz.psislw(log_w[ok].numpy())[1])
+    weights = smooth(torch.where(ok, log_w, -torch.inf))
+    log_evidence, khat = weights.log_evidence, float(arviz.psislw(log_w[ok].numpy())[1])
     known = problem.log_evidence
     gap = (log_evidence if known is None else known) - elbo
     mean_error, sd_error = errors(joint.unpack(z), problem.draws)
-    spread = math.hypot(math.sqrt(max(1 / ess - 1, 0.0) / n), ROUNDING)
     return Row(
         problem.name,
         method,
@@ -130,7 +129,7 @@ def figures(
         ess,
         elbo,
         log_evidence,
-        spread,
+        weights.log_evidence_se,
         gap,
         **rest,
     )
