@@ -95,7 +95,8 @@ class Step:
 
     Once q is p but for the tails, where few draws fall, it is the tails that decide what importance
     weights are worth. A path gradient (:class:`~pyro_nf.infer.objectives.StickTheLanding`) is zero
-    wherever q is p, whatever the draws, so some of them may then come from further out.
+    wherever q is p, whatever the draws, so some of them may then come from further out. The loss is
+    the mean over all of them.
 
     Args:
         flow: q.

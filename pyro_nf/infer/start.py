@@ -123,7 +123,7 @@ def laplace_start(
         count_starts: random points to look at.
         count_climbers: how many points climb, the initial one among them.
         count_modes: distinct maxima that become candidates.
-        count_draws: draws of an ELBO; the best few are estimated again with four times as many.
+        count_draws: draws of an ELBO; the best few are estimated again with twice as many.
         count_refine: how many of the best Gaussians climb on by their ELBO.
         max_steps: of the climb.
         max_seconds: of wall time; what is found by then is used.
@@ -185,7 +185,7 @@ def laplace_start(
             elbos = torch.cat([elbos, _elbos(joint, new, eps[:count_draws])])
     few = [int(i) for i in elbos.topk(min(3, len(candidates))).indices]
     finalists = [candidates[i] for i in few]
-    more = _elbos(joint, finalists, torch.cat([eps, 0.5 * eps])[: 2 * count_draws])
+    more = _elbos(joint, finalists, eps)
     winner = few[int(more.argmax())]
     others = [
         Start(c.loc, c.scale, float(elbo))

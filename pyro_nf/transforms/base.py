@@ -16,6 +16,9 @@ from torch.distributions.constraints import independent
 
 from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
 
+# Above this many dimensions a slow but exact inverse costs less than a Jacobian.
+_MAX_JACOBIAN_DIM = 32
+
 Fast = Literal["forward", "inverse", "both", "neither"]
 InverseKind = Literal["exact", "numeric"]
 
@@ -144,8 +147,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """By autograd: through the inverse if that is cheap, else by the whole Jacobian."""
-        if self.inverse_kind == "exact" and self.fast in ("inverse", "both"):
+        """By autograd: through the inverse if that is the cheaper way, else by the Jacobian."""
+        cheap = self.fast in ("inverse", "both") or x.shape[-1] > _MAX_JACOBIAN_DIM
+        if cheap and self.inverse_kind == "exact":
             with torch.no_grad():
                 y = self._forward_and_ladj(x, context)[0]
             with torch.enable_grad():
@@ -289,6 +293,11 @@ class Conditioned(FlowTransform):
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(y, self.context)
+
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.transform.push_score(x, score, self.context)
 
 
 class Chain(FlowTransform):

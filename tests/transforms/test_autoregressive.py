@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.ops.roots import solve_increasing
-from pyro_nf.testing import randomize
+from pyro_nf.testing import randomize, scores_are_pushed
 from pyro_nf.transforms.autoregressive import (
     Autoregressive,
     affine_autoregressive,
@@ -167,3 +167,16 @@ def test_factories_start_at_the_identity():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Autoregressive(Affine(), 5, **options)
+
+
+@pytest.mark.parametrize("input_dim", [5, 40])  # by the Jacobian, by the slow inverse
+def test_an_inverse_pushes_scores(input_dim: int) -> None:
+    scores_are_pushed(randomize(affine_autoregressive(input_dim, 2)).double().inv)
+
+
+def test_a_filled_in_context_pushes_scores_the_same_way() -> None:
+    iaf = randomize(Autoregressive(Affine(), 5, 2, fast="forward")).double()
+    x, context = torch.randn(2, 5).double(), torch.randn(2, 2).double()
+    wanted = iaf.push_score(x, -x, context)
+    for got, want in zip(iaf.condition(context).push_score(x, -x), wanted, strict=True):
+        assert torch.equal(got, want)  # by the same substitution, not by a Jacobian
