@@ -97,7 +97,10 @@ def fit_density(
     small share of the budget; validation chooses the one that goes on. The learning rate rises,
     then falls along a cosine that ends with the budget. The flow ends with the moving average of
     the parameters that was best on the validation rows. Few rows for many columns bring weight
-    decay on the networks, and heavy tails a Student t base in place of a fixed normal one. If a
+    decay on the networks, which rises when the flow overfits: when validation becomes worse while
+    the loss falls, the fit goes back to its best state under more decay. Biases do not decay, so
+    that what is left is marginals without dependence. Heavy tails bring a Student t base in place
+    of a fixed normal one. If a
     Gaussian mixture is clearly better than the flow on the validation rows, it becomes the base of
     the flow, which then starts from it at the next fit.
 
@@ -111,7 +114,8 @@ def fit_density(
         max_seconds: The most seconds, all included.
         batch_size: Rows in a batch; by default a tenth of the rows, but 64 to 256.
         learning_rate: The highest learning rate of Adam.
-        weight_decay: Decay of the networks' weights; by default :math:`10 \min(1, (20 D / N)^3)`.
+        weight_decay: Decay of the networks' weights; by default :math:`10 \min(1, (20 D / N)^3)` at
+            first, and more whenever the flow overfits.
         starts: What to try; ``(AsGiven(),)`` goes on with a flow that was trained before.
         baselines: Whether to fit the Gaussian mixture and the Gaussian copula.
         patience: Stop when validation has not improved for this share of the budget.
@@ -148,7 +152,7 @@ def fit_density(
     checked = held_out.first(MOST_CHECKED_ROWS)
     n, d = table.y.shape
     batch_size = min(max(n // 10, 64), 256) if batch_size is None else batch_size
-    weight_decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
+    decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
 
     def loss(batch: tuple[Tensor, Tensor | None]) -> Tensor:
         y, c = batch
@@ -159,7 +163,7 @@ def fit_density(
     def run(steps: int | None, seconds: float | None, **options: Any) -> History:
         return train(
             flow,
-            Stage(training_loss, adam(_groups(flow, weight_decay), learning_rate)),
+            Stage(training_loss, adam(_groups(flow, decay), learning_rate)),
             batches=Minibatches((table.y, table.context), batch_size, seed or 0),
             validate=lambda: _mean_loss(flow, checked),
             max_steps=steps,
@@ -200,6 +204,7 @@ def fit_density(
         None if max_steps is None or race_steps is None else max_steps - raced * race_steps,
         None if max_seconds is None else max(max_seconds - (clock() - started), 1e-3),
         patience=patience,
+        raise_decay=weight_decay is None,
         progress=progress,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -207,7 +212,7 @@ def fit_density(
             "rows": n,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
+            "weight_decay": decay,
         },
     )
     name = min(values, key=lambda key: values[key])
@@ -278,16 +283,16 @@ def _mean_loss(flow: Flow, table: _Table) -> float:
 
 
 def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
-    """Networks decay towards the identity; what a transform or a base owns itself does not."""
+    """The weights of networks decay: to transforms of each coordinate alone, which biases make."""
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": 0.0},
         {"params": [], "weight_decay": weight_decay},
     ]
     for module in flow.modules():
         network = not isinstance(module, (FlowTransform, Base, Flow))
-        groups[network]["params"] += [
-            p for p in module.parameters(recurse=False) if p.requires_grad
-        ]
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                groups[network and name.startswith("weight")]["params"].append(p)
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("fit_density: the flow has no parameter that requires a gradient.")

@@ -30,9 +30,21 @@ BAD_STEPS_BEFORE_RETREAT = 3
 RETREAT = 0.5
 """Factor on the learning rate after each retreat."""
 
-
 PATIENCE_GAIN = 1e-3
 """A metric, in nats, that is better by less does not renew the patience."""
+
+OVERFIT_SHARE = 0.1
+"""Share of the budget without a better metric after which a falling loss means overfitting."""
+
+OVERFIT_LOSS = 0.03
+"""A metric, in nats, that is worse by less is within the noise."""
+
+DECAY_RISE = 4.0
+"""Factor on the weight decay each time that the fit overfits."""
+
+RAISED_DECAYS = (2.0, 30.0)
+"""Less would not be felt by the weights, of which Adam lets none grow past 1 / decay; more would
+leave nothing of them."""
 
 
 @dataclass
@@ -48,6 +60,7 @@ class History:
         best_step: The step after which the metric was best; the fit ends with that state.
         best_value: The metric there.
         skipped: The steps that were skipped because the loss or the gradient was not finite.
+        overfits: The steps after which the fit went back to its best state under more weight decay.
         stopped: Why the fit ended: ``"max_steps"``, ``"max_seconds"``, ``"patience"``,
             ``"interrupted"``, or ``""`` while it runs.
     """
@@ -60,6 +73,7 @@ class History:
     best_step: int = 0
     best_value: float = math.inf
     skipped: list[int] = field(default_factory=list)
+    overfits: list[int] = field(default_factory=list)
     stopped: str = ""
 
     @property
@@ -185,6 +199,7 @@ def train(
     patience: float | None = None,
     max_grad_norm: float | None = 10.0,
     average: float | None = None,
+    raise_decay: bool = False,
     seed: int | None = 0,
     progress: bool = True,
     metric: str = "loss",
@@ -210,6 +225,11 @@ def train(
 
     *Acceleration of Stochastic Approximation by Averaging* (Polyak, Juditsky, 1992).
 
+    With ``raise_decay`` the weight decay follows the validation. Where the metric has not improved
+    for a tenth of the budget and is worse, although the loss is lower than it was at the best
+    metric, the fit overfits: it goes back to its best state, and every decay that is not zero rises
+    to four times itself, but to 2 at least and 30 at most.
+
     A step whose loss or gradient is not finite is skipped. After three such steps in a row the
     parameters go back to the last good state and the learning rate is halved; after ten the fit
     ends with an error.
@@ -226,6 +246,7 @@ def train(
             of the budget (a float, for example 0.5); None for never.
         max_grad_norm: The norm that gradients are clipped to; None for no clipping.
         average: The decay of the moving average of the parameters, for example 0.99; None for none.
+        raise_decay: Whether weight decay rises when the fit overfits.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
         progress: Whether to show a progress bar.
         metric: Name of the metric in the bar and in messages.
@@ -266,7 +287,11 @@ def train(
         check_writable(checkpoint)
 
     budget = _Budget(max_steps, max_seconds, clock)
-    settings = dict(settings or {}) | {"seed": seed, "average": average}
+    settings = dict(settings or {}) | {
+        "seed": seed,
+        "average": average,
+        "raise_decay": raise_decay,
+    }
     run = _Run(module, stages, validate, metric, average, settings, explain)
     history = run.history
     was_training = module.training
@@ -288,6 +313,8 @@ def train(
                 bar.update()
                 if history.steps % check_every == 0:
                     run.check()
+                    if raise_decay and run.overfits(budget):
+                        run.decay_more()
                     bar.set_postfix_str(f"{metric} {history.checked_values[-1]:.4f}", refresh=False)
                     if checkpoint is not None and history.steps >= written + checkpoint_every:
                         run.write(checkpoint)
@@ -395,9 +422,7 @@ class _Run:
         self.history.skipped.append(step)
         self.bad_steps += 1
         if self.bad_steps == BAD_STEPS_BEFORE_RETREAT:
-            _load(self.module, self.best)
-            if self.average is not None:
-                self.average.restart()
+            self._go_back()
             optimizer.state.clear()
             self.rate_factor *= RETREAT
         if self.bad_steps == MOST_BAD_STEPS:
@@ -408,6 +433,11 @@ class _Run:
                 f"{reason} The state of step {self.history.best_step} was put back; look at "
                 "the data and the model there, or lower the learning rate."
             )
+
+    def _go_back(self) -> None:
+        _load(self.module, self.best)
+        if self.average is not None:
+            self.average.restart()
 
     @property
     def is_checked(self) -> bool:
@@ -428,9 +458,47 @@ class _Run:
         best_step = next((step for value, step in later if value <= least + PATIENCE_GAIN), 1)
         if isinstance(patience, int):
             return "patience" if history.steps - best_step >= patience else ""
-        now = budget.share(history.steps, budget.seconds())
-        waited = now - budget.share(best_step, history.seconds[best_step - 1])
-        return "patience" if waited >= patience else ""
+        return "patience" if self._share_since(best_step, budget) >= patience else ""
+
+    def _share_since(self, step: int, budget: _Budget) -> float:
+        now = budget.share(self.history.steps, budget.seconds())
+        return now - budget.share(step, self.history.seconds[step - 1])
+
+    def overfits(self, budget: _Budget) -> bool:
+        """Say whether the metric has become worse while the loss has become better."""
+        steps, values = self.history.checked_steps, self.history.checked_values
+        # As for patience, the start does not count.
+        later = [i for i in range(1, len(steps)) if not math.isnan(values[i])]
+        if not later:
+            return False
+        best = min(later, key=values.__getitem__)
+        since = max([steps[best], *self.history.overfits[-1:]])
+        return (
+            self._share_since(since, budget) >= OVERFIT_SHARE
+            and values[-1] > values[best] + OVERFIT_LOSS
+            and self._loss_before(-1) < self._loss_before(best)
+        )
+
+    def _loss_before(self, i: int) -> float:
+        """Mean loss between the check before the i-th and the i-th."""
+        steps = self.history.checked_steps
+        losses = self.history.losses[steps[i - 1] : steps[i]]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+    def decay_more(self) -> None:
+        """Go back to the best state under more weight decay, if there is any."""
+        if self._raise_decays():
+            self._go_back()
+            self.history.overfits.append(self.history.steps)
+
+    def _raise_decays(self) -> bool:
+        least, most = RAISED_DECAYS
+        groups = [group for stage in self.stages for group in stage.optimizer.param_groups]
+        decaying = [group for group in groups if group["weight_decay"] > 0]
+        for group in decaying:
+            group["weight_decay"] = min(max(DECAY_RISE * group["weight_decay"], least), most)
+        return bool(decaying)
 
     def check(self) -> None:
         """Take the metric, and keep the state if it is the best so far."""
@@ -489,6 +557,8 @@ class _Run:
             stage.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         values = state.values
         self.history.__dict__.update(values["history"])
+        for _ in self.history.overfits:
+            self._raise_decays()
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
         for stage, memory in zip(self.stages, values["memories"], strict=True):
             stage.memory.update(memory)

@@ -113,6 +113,31 @@ def test_a_trained_flow_goes_on_as_given():
         torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
 
 
+def test_overfitting_raises_the_decay_unless_it_is_given():
+    x, check, fresh = (
+        torch.cat([z, 0.5 * draws(n, 6, seed=i + 3) + z.square()], 1)
+        for i, n in enumerate((400, 1000, 1000))
+        for z in [draws(n, 6, seed=i)]
+    )
+    options = {"max_steps": 400, "starts": (Standardised(),), "baselines": False}
+    flows = {decay: nsf(12, count_layers=2) for decay in (None, 0.1)}
+    overfits = {
+        decay: fit(flow, x, validation=check, weight_decay=decay, **options).history.overfits
+        for decay, flow in flows.items()
+    }
+    assert overfits[None]
+    assert overfits[0.1] == []
+    assert loss(flows[None], fresh) < loss(flows[0.1], fresh) - 0.1
+
+
+def test_decay_leaves_marginals_alone():
+    x = draws(2000, 2).exp()
+    options = {"learning_rate": 1e-2, "max_steps": 300, "baselines": False}
+    decayed = fit(small(2), x, weight_decay=30.0, **options)
+    entropy = 2 * 0.5 * math.log(2 * math.pi * math.e)  # of two lognormal columns
+    assert loss(decayed.flow, x) < entropy + 0.15
+
+
 def test_resumed_is_bitwise_uninterrupted_and_ctrl_c_returns(tmp_path, monkeypatch):
     x = draws(300, 2).exp()
     options = {"max_steps": 100, "starts": (Whitened(),), "baselines": False, "patience": None}

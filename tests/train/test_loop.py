@@ -333,6 +333,79 @@ def test_gains_that_nobody_sees_do_not_renew_patience() -> None:
     assert history.steps <= 120
 
 
+def overfit(module: Quadratic, decay: float = 0.5, **options: object):
+    """A fit whose validation is best at 1, on the way to the 3 of its loss."""
+    weights, rest = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    groups = [
+        {"params": [module.w], "weight_decay": 0.0},
+        {"params": [weights], "weight_decay": decay},
+        {"params": [rest], "weight_decay": 0.0},
+    ]
+    stage = Stage(lambda b: module.loss(b) + 0 * (weights + rest).sum(), adam(groups, 0.1))
+    seen: list[Tensor] = []
+
+    def validate() -> float:
+        seen.append(module.w.detach().clone())
+        return (module.w - 1).square().sum().item()
+
+    options = {"max_steps": 160, "check_every": 10, "progress": False} | options
+    history = train(module, stage, validate=validate, raise_decay=True, **options)
+    return history, [g["weight_decay"] for g in stage.optimizer.param_groups], seen
+
+
+def test_overfitting_goes_back_to_the_best_state_under_more_decay() -> None:
+    plain, _, _ = overfit(Quadratic(), decay=0.0)
+    assert plain.overfits == []  # where nothing decays there is nothing to raise
+    module = Quadratic()
+    history, decays, seen = overfit(module)
+    assert history.overfits
+    i = history.checked_steps.index(history.overfits[0])
+    best = min(range(1, i + 1), key=history.checked_values.__getitem__)
+    assert history.checked_steps[i] - history.checked_steps[best] >= 0.1 * 160
+    assert (seen[i] - seen[best]).abs().min() > (seen[i + 1] - seen[best]).abs().max()
+    assert decays[0] == decays[2] == 0
+    assert decays[1] == [0.5, 2, 8, 30, 30, 30, 30, 30][len(history.overfits)]
+    assert torch.equal(module.w.detach(), seen[history.checked_steps.index(history.best_step)])
+
+
+@pytest.mark.parametrize("rise", [0.0, 0.02])
+def test_worse_validation_alone_is_no_overfitting(rise: float) -> None:
+    module = Quadratic()
+    still = Stage(lambda _: 1 + 0 * module.w.sum(), adam([module.w], 0.1, weight_decay=0.1))
+    values = iter([0.0, 1.0] + [2.0] * 100)  # but the loss does not fall
+    options = {"max_steps": 100, "check_every": 10, "progress": False, "raise_decay": True}
+    assert train(module, still, validate=lambda: next(values), **options).overfits == []
+    close = iter([0.0, 1.0] + [1 + rise] * 100)  # it falls, but validation is as good as before
+    falls = Stage(module.loss, adam([module.w], 0.1, weight_decay=0.1))
+    assert train(module, falls, validate=lambda: next(close), **options).overfits == []
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+@pytest.mark.parametrize("interrupted_at", [35, 77, 143])
+def test_resumed_after_overfitting_is_bitwise_uninterrupted(
+    tmp_path: Path, interrupted_at: int, average: float | None
+) -> None:
+    whole, resumed = Quadratic(), Quadratic()
+    options = {"average": average}
+    expected, decays, _ = overfit(whole, **options)
+    assert expected.overfits
+    options |= {"checkpoint": tmp_path / "fit", "checkpoint_every": 10}
+    broken = Quadratic()
+    plain = broken.loss
+
+    def loss(batch: Tensor | None) -> Tensor:
+        if broken.calls == interrupted_at:
+            raise KeyboardInterrupt
+        return plain(batch)
+
+    broken.loss = loss  # type: ignore[method-assign]
+    assert overfit(broken, **options)[0].stopped == "interrupted"
+    history, same_decays, _ = overfit(resumed, **options)
+    assert (history.losses, history.overfits) == (expected.losses, expected.overfits)
+    assert same_decays == decays
+    assert torch.equal(whole.w, resumed.w)
+
+
 def test_the_end_is_written_wherever_it_lies(tmp_path: Path) -> None:
     path = tmp_path / "fit"
     module = nn.Linear(1, 1)
