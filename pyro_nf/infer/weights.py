@@ -16,6 +16,8 @@ from torch import Tensor
 _MIN_WEIGHTS = 25
 # Log weights that differ by less (nats) are equal up to the rounding of single precision.
 ROUNDING = 1e-4
+# Multiples of it, modulo 1, are spread evenly, in any order of the weights.
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,17 @@ def smooth(log_weights: Tensor) -> Weights:
     if int(finite.sum()) < _MIN_WEIGHTS or equal:
         khat = math.inf if int(finite.sum()) < _MIN_WEIGHTS else -math.inf
         return Weights(raw, raw, khat)
-    tail = raw[finite].sort().values[-max(_MIN_WEIGHTS, int(finite.sum()) // 20) :]
+    count = int(finite.sum())
+    # as many as the library smooths
+    tail = raw[finite].sort().values[-math.ceil(min(count / 5, 3 * math.sqrt(count))) :]
     if float(tail[-1] - tail[0]) < ROUNDING:  # the largest weights are equal: they are bounded
         return Weights(raw, raw, -math.inf)
-    with np.errstate(divide="ignore", invalid="ignore"):  # ties within the tail
-        normalized, khat = _psislw(raw[finite].numpy())
+    given = raw[finite].numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        normalized, khat = _psislw(given)
+        if not np.isfinite(normalized).all():
+            # Rounding made ties, to which no tail can be fitted; a dither as fine parts them.
+            normalized, khat = _psislw(given + ROUNDING * (np.arange(count) * GOLDEN % 1))
     # the library normalises; the smallest weight is not smoothed, and gives the scale back
     least = int(raw[finite].argmin())
     shift = float(raw[finite][least]) - float(normalized[least])

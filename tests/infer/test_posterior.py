@@ -111,6 +111,19 @@ def test_the_errors_of_equal_weights_are_those_of_rounding() -> None:
     assert weights.elbo_se == weights.log_evidence_se == 1e-4
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ties_of_rounded_weights_are_smoothed_too(sign: int) -> None:
+    z = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).double()
+    rounded = (sign * 0.2 * z.square()).round()  # the least 40 % of a tail are one number
+    fine = (sign * 7e-5 * z).round(decimals=4)
+    for log_weights in (rounded, fine, fine.clamp_max(1e-4)):
+        weights = smooth(log_weights)
+        assert not math.isnan(weights.khat)
+        assert bool(weights.smoothed.isfinite().all())
+        evidence = float(log_weights.logsumexp(0)) - math.log(len(z))
+        assert abs(weights.log_evidence - evidence) < max(3 * weights.log_evidence_se, 1e-3)
+
+
 def test_natural_shapes(all_shapes: Posterior) -> None:
     assert {name: tuple(draws.shape) for name, draws in all_shapes.samples.items()} == {
         name: (200, *shape) for name, shape in SHAPES.items()
