@@ -54,8 +54,8 @@ def auto_flow(latent_dim: int) -> FlowTransform:
     """The flow that ``flow="auto"`` takes: what fits most posteriors of that dimension.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
-    More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`, three of them, with a hidden layer
-    of 64 to 256 units that widens with the dimension.
+    More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`: skewness and tails of each, then
+    three affine layers with a hidden layer of 64 to 256 units that widens with the dimension.
 
     Args:
         latent_dim: The number of unconstrained coordinates.

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised, TemperedELBO
-from pyro_nf.infer.recipe import Step, elbo_floor
+from pyro_nf.infer.recipe import Pace, Step, elbo_floor, posterior_stages
 from pyro_nf.testing import randomize
 
 Y = torch.tensor([1.0, 2.5, 0.3])
@@ -225,6 +225,16 @@ def test_even_weights_send_a_quarter_of_the_draws_to_the_tails(spread: float, ta
     wide = 1 + 1 / math.sqrt(2) if tails and spread < 0.05 else 1.0
     assert abs(float(second[:5000].std()) - wide) < 0.03
     assert abs(float(second[5000:].std()) - 1) < 0.02
+
+
+def test_skewness_and_tails_learn_slowly() -> None:
+    guide = AutoFlow(skewed).setup()
+    shape = guide.flow.transform.parts[0].parts[0]
+    flow_stage = posterior_stages(guide.flow, LogJoint(skewed), pace=Pace(16, rate=0.01))[-1]
+    rates = {p: g["lr"] for g in flow_stage.optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == set(guide.flow.parameters())
+    slow = {p for p, rate in rates.items() if rate < 0.01}
+    assert slow == set(shape.parameters())
 
 
 def test_the_floor_of_the_elbo_is_two_errors_below() -> None:
