@@ -46,6 +46,9 @@ RAISED_DECAYS = (2.0, 30.0)
 """Less would not be felt by the weights, of which Adam lets none grow past 1 / decay; more would
 leave nothing of them."""
 
+LARGEST_SHARE = 0.5
+"""A step under raised decay takes no larger share of a weight."""
+
 
 @dataclass
 class History:
@@ -228,7 +231,7 @@ def train(
     With ``raise_decay`` the weight decay follows the validation. Where the metric has not improved
     for a tenth of the budget and is worse, although the loss is lower than it was at the best
     metric, the fit overfits: it goes back to its best state, and every decay that is not zero rises
-    to four times itself, but to 2 at least and 30 at most.
+    to four times itself, but to 2 at least and 30 at most, and half the inverse learning rate.
 
     A step whose loss or gradient is not finite is skipped. After three such steps in a row the
     parameters go back to the last good state and the learning rate is halved; after ten the fit
@@ -493,11 +496,14 @@ class _Run:
             self.history.overfits.append(self.history.steps)
 
     def _raise_decays(self) -> bool:
+        """Raise what decays, and say whether anything does."""
         least, most = RAISED_DECAYS
         groups = [group for stage in self.stages for group in stage.optimizer.param_groups]
-        decaying = [group for group in groups if group["weight_decay"] > 0]
-        for group in decaying:
-            group["weight_decay"] = min(max(DECAY_RISE * group["weight_decay"], least), most)
+        rates = [rate for rates in self.full_rates for rate in rates]
+        decaying = [(g, rate) for g, rate in zip(groups, rates, strict=True) if g["weight_decay"]]
+        for group, rate in decaying:
+            higher = min(max(DECAY_RISE * group["weight_decay"], least), most, LARGEST_SHARE / rate)
+            group["weight_decay"] = max(group["weight_decay"], higher)
         return bool(decaying)
 
     def check(self) -> None:

@@ -333,12 +333,12 @@ def test_gains_that_nobody_sees_do_not_renew_patience() -> None:
     assert history.steps <= 120
 
 
-def overfit(module: Quadratic, decay: float = 0.5, **options: object):
+def overfit(module: Quadratic, decay: float = 0.5, rate: float = 0.01, **options: object):
     """A fit whose validation is best at 1, on the way to the 3 of its loss."""
     weights, rest = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups = [
         {"params": [module.w], "weight_decay": 0.0},
-        {"params": [weights], "weight_decay": decay},
+        {"params": [weights], "weight_decay": decay, "lr": rate},
         {"params": [rest], "weight_decay": 0.0},
     ]
     stage = Stage(lambda b: module.loss(b) + 0 * (weights + rest).sum(), adam(groups, 0.1))
@@ -353,18 +353,21 @@ def overfit(module: Quadratic, decay: float = 0.5, **options: object):
     return history, [g["weight_decay"] for g in stage.optimizer.param_groups], seen
 
 
-def test_overfitting_goes_back_to_the_best_state_under_more_decay() -> None:
+@pytest.mark.parametrize(("rate", "levels"), [(0.01, (0.5, 2, 8, 30)), (0.1, (0.5, 2, 5))])
+def test_overfitting_goes_back_to_the_best_state_under_more_decay(
+    rate: float, levels: tuple[float, ...]
+) -> None:
     plain, _, _ = overfit(Quadratic(), decay=0.0)
     assert plain.overfits == []  # where nothing decays there is nothing to raise
     module = Quadratic()
-    history, decays, seen = overfit(module)
+    history, decays, seen = overfit(module, rate=rate)
     assert history.overfits
     i = history.checked_steps.index(history.overfits[0])
     best = min(range(1, i + 1), key=history.checked_values.__getitem__)
     assert history.checked_steps[i] - history.checked_steps[best] >= 0.1 * 160
     assert (seen[i] - seen[best]).abs().min() > (seen[i + 1] - seen[best]).abs().max()
     assert decays[0] == decays[2] == 0
-    assert decays[1] == [0.5, 2, 8, 30, 30, 30, 30, 30][len(history.overfits)]
+    assert decays[1] == levels[min(len(history.overfits), len(levels) - 1)]
     assert torch.equal(module.w.detach(), seen[history.checked_steps.index(history.best_step)])
 
 
