@@ -21,7 +21,14 @@ from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.recipe import AVERAGE, Pace, choose_pace, elbo_floor, posterior_stages
+from pyro_nf.infer.recipe import (
+    AVERAGE,
+    choose_particles,
+    choose_rate,
+    elbo_floor,
+    posterior_stages,
+    seconds_per_step,
+)
 from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
@@ -150,7 +157,7 @@ def fit_svi(
         max_steps: The most steps; 2000 if ``max_seconds`` is not given either.
         max_seconds: The most seconds of wall clock, the start included.
         num_particles: Draws a step; if None 64 or 256, by what the log joint costs
-            (:func:`~pyro_nf.infer.recipe.choose_pace`).
+            (:func:`~pyro_nf.infer.recipe.choose_particles`).
         objective: What is maximised; :class:`~pyro_nf.infer.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
@@ -205,9 +212,10 @@ def fit_svi(
             )
         # both look at the clock, if there is one, and then the fit cannot be repeated
         half = None if max_seconds is None else 0.5 * max_seconds
-        pace = choose_pace(joint, half) if num_particles is None else Pace(num_particles)
+        if num_particles is None:
+            num_particles = choose_particles(joint, half)
         if max_seconds is not None or compile:
-            joint.trace(pace.count_particles, seconds.share(_TRACE_SHARE), clock, compile)
+            joint.trace(num_particles, seconds.share(_TRACE_SHARE), clock, compile)
         start: Start | GaussianMixture | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
             count = load_settings(checkpoint).get("count_components", 1)
@@ -217,16 +225,29 @@ def fit_svi(
             guide, start = _started(model, guide, joint, seconds, seed, clock)
     choice = (
         f"{joint.latent_dim} coordinates, log joint {joint.kind}, "
-        f"{guide.count_components} component(s), {pace.count_particles} particles"
+        f"{guide.count_components} component(s), {num_particles} particles"
     )
     if progress:
         tqdm.write(f"fit_svi: {choice}", file=sys.stderr)
-    flow, watched = guide._ready(), _Watched(objective or ELBO())
+    flow = guide._ready()
+    left, count_steps = None, math.inf if max_steps is None else max_steps
+    if max_seconds is not None:
+        per_step = seconds_per_step(flow, joint, num_particles, seed)
+        left = max(max_seconds - (clock() - began), 1e-3)
+        count_steps = min(count_steps, left / per_step)
+    stages = posterior_stages(
+        flow,
+        joint,
+        objective=_Watched(objective or ELBO()),
+        count_particles=num_particles,
+        rate=choose_rate(count_steps),
+        tails=objective is None,
+    )
     history = train(
         flow,
-        posterior_stages(flow, joint, objective=watched, pace=pace, tails=objective is None),
+        stages,
         max_steps=max_steps,
-        max_seconds=None if max_seconds is None else max(max_seconds - (clock() - began), 1e-3),
+        max_seconds=left,
         validate=None if objective else lambda: -elbo_floor(flow, joint, seed=seed),
         patience=patience,
         average=AVERAGE,

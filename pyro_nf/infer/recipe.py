@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,19 +27,19 @@ from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
 
 # One set of settings for all posteriors: in the coordinates of the start they look alike.
 COUNT_PARTICLES = 64
-COUNT_LAYERS = 3
+COUNT_LAYERS = 4
 HIDDEN_DIM, MAX_HIDDEN_DIM = 64, 256
-AFFINE_SHARE = 0.25
+AFFINE_SHARE = 0.12
 AFFINE_RATES = (2e-2, 1e-3)
-FLOW_RATE = 5e-3
+# The highest learning rate of the flow: of few steps each must go further.
+FLOW_RATES = (5e-3, 1e-2)
+RATE_TIMES_STEPS = 12.0
 BETAS = (0.9, 0.99)
 # More particles make the tails of the fit better, if they leave this many steps.
 MANY_PARTICLES = 256
 ENOUGH_STEPS = 500
 # Skewness and tails of a coordinate are felt by all draws at once, and learn at such a share of it.
 SHAPE_SHARE = 0.3
-# Steps count for more where there are few of them, and go further.
-FEW_RATE = 1e-2
 # A batch of many particles that costs at most this many times one of few is nearly free.
 NEARLY_FREE = 1.5
 # Decay of the moving average of the parameters that is kept.
@@ -71,7 +70,7 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
 
 
 def autoregressive_layers(input_dim: int) -> Chain:
-    """Skewness and tails, and three affine autoregressive layers that turn the order round.
+    """Skewness and tails, and four affine autoregressive layers that turn the order round.
 
     The layers alone have the tails of the base: scales that vary make up for some of it only. All
     is fast to sample.
@@ -81,7 +80,7 @@ def autoregressive_layers(input_dim: int) -> Chain:
 
     Example:
         >>> len(autoregressive_layers(4).parts)
-        4
+        5
     """
     width = max(HIDDEN_DIM, min(2 * input_dim, MAX_HIDDEN_DIM))
     layers = [
@@ -90,7 +89,7 @@ def autoregressive_layers(input_dim: int) -> Chain:
             input_dim,
             hidden_dims=(width,),
             activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
-            reverse=i % 2 == 1,
+            reverse=i % 2 == 0,  # the last one in order: scales tend to come before what they scale
             fast="forward",
         )
         for i in range(COUNT_LAYERS)
@@ -178,20 +177,7 @@ def elbo_floor(
         return float(elbo - 2 * error)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How large a step is.
-
-    Attributes:
-        count_particles: S.
-        rate: The highest learning rate of the flow.
-    """
-
-    count_particles: int = COUNT_PARTICLES
-    rate: float = FLOW_RATE
-
-
-def choose_pace(joint: LogJoint, max_seconds: float | None) -> Pace:
+def choose_particles(joint: LogJoint, max_seconds: float | None) -> int:
     """Many particles where they leave enough steps, or cost hardly more than few.
 
     Args:
@@ -200,16 +186,37 @@ def choose_pace(joint: LogJoint, max_seconds: float | None) -> Pace:
             bounded by steps can be repeated: then many, unless each particle is a run of its own.
     """
     if max_seconds is None:
-        return Pace() if joint.kind == "loop" else Pace(MANY_PARTICLES)
+        return COUNT_PARTICLES if joint.kind == "loop" else MANY_PARTICLES
 
     def seconds(count: int) -> float:
         z = joint.init_loc.expand(count, -1)
         return process_seconds(lambda: joint.value_and_grad(z), count=2)
 
     few, many = seconds(COUNT_PARTICLES), seconds(MANY_PARTICLES)
-    if ENOUGH_STEPS * many < max_seconds:
-        return Pace(MANY_PARTICLES)
-    return Pace(MANY_PARTICLES, FEW_RATE) if many < NEARLY_FREE * few else Pace()
+    enough = ENOUGH_STEPS * many < max_seconds
+    return MANY_PARTICLES if enough or many < NEARLY_FREE * few else COUNT_PARTICLES
+
+
+def choose_rate(count_steps: float) -> float:
+    """The learning rate of the flow for so many steps: 12 / count_steps, but 0.005 to 0.01.
+
+    Example:
+        >>> choose_rate(600), choose_rate(2000), choose_rate(6000)
+        (0.01, 0.006, 0.005)
+    """
+    least, most = FLOW_RATES
+    return min(max(RATE_TIMES_STEPS / max(count_steps, 1), least), most)
+
+
+def seconds_per_step(
+    flow: Flow, joint: DifferentiableLogJoint, count_particles: int, seed: int = 0
+) -> float:
+    """Process seconds of one step, by a few whose gradients are thrown away."""
+    step = Step(flow, joint, ELBO(), count_particles)
+    with own_randomness(seed):
+        seconds = process_seconds(lambda: step().backward(), count=2)
+    flow.zero_grad()
+    return seconds
 
 
 def posterior_stages(
@@ -217,7 +224,8 @@ def posterior_stages(
     joint: DifferentiableLogJoint,
     *,
     objective: Objective | None = None,
-    pace: Pace | None = None,
+    count_particles: int = COUNT_PARTICLES,
+    rate: float = FLOW_RATES[0],
     tails: bool = False,
 ) -> list[Stage]:
     """The affine base alone, then everything.
@@ -226,14 +234,15 @@ def posterior_stages(
         flow: Of an :class:`~pyro_nf.infer.guide.AutoFlow`: layers, then the affine base.
         joint: The log joint density.
         objective: :class:`~pyro_nf.infer.objectives.ELBO` by default.
-        pace: Particles and learning rate.
+        count_particles: S.
+        rate: The highest learning rate of the flow.
         tails: See :class:`Step`.
     """
-    objective, pace = objective or ELBO(), pace or Pace()
+    objective = objective or ELBO()
     parts = cast("list[FlowTransform]", list(cast(Chain, flow.transform).parts))
     base = Flow(Chain(parts[1:]), flow.base)
-    affine = Step(base, joint, objective, pace.count_particles)
-    step = Step(flow, joint, objective, pace.count_particles, tails)
+    affine = Step(base, joint, objective, count_particles)
+    step = Step(flow, joint, objective, count_particles, tails)
     first, last = AFFINE_RATES
     return [
         Stage(
@@ -245,7 +254,7 @@ def posterior_stages(
         ),
         Stage(
             step,
-            adam(_groups(flow, pace.rate), betas=BETAS),
+            adam(_groups(flow, rate), betas=BETAS),
             warm_cosine(20),
             1 - AFFINE_SHARE,
             step.memory,

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised, TemperedELBO
-from pyro_nf.infer.recipe import Pace, Step, elbo_floor, posterior_stages
+from pyro_nf.infer.recipe import Step, elbo_floor, posterior_stages, seconds_per_step
 from pyro_nf.testing import randomize
 
 Y = torch.tensor([1.0, 2.5, 0.3])
@@ -230,11 +230,20 @@ def test_even_weights_send_a_quarter_of_the_draws_to_the_tails(spread: float, ta
 def test_skewness_and_tails_learn_slowly() -> None:
     guide = AutoFlow(skewed).setup()
     shape = guide.flow.transform.parts[0].parts[0]
-    flow_stage = posterior_stages(guide.flow, LogJoint(skewed), pace=Pace(16, rate=0.01))[-1]
+    flow_stage = posterior_stages(guide.flow, LogJoint(skewed), rate=0.01)[-1]
     rates = {p: g["lr"] for g in flow_stage.optimizer.param_groups for p in g["params"]}
     assert rates.keys() == set(guide.flow.parameters())
     slow = {p for p, rate in rates.items() if rate < 0.01}
     assert slow == set(shape.parameters())
+
+
+def test_timing_a_step_leaves_no_trace() -> None:
+    flow, joint = randomize(small(2)), LogJoint(skewed)
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in flow.state_dict().items()}
+    assert 0 < seconds_per_step(flow, joint, 16) < 10
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(flow.state_dict(), state)
+    assert all(p.grad is None for p in flow.parameters())
 
 
 def test_the_floor_of_the_elbo_is_two_errors_below() -> None:
