@@ -210,7 +210,7 @@ def fit_svi(
                 "fit_svi: the model has learnable parameters, which it would leave alone; train "
                 "model and guide together with pyro.infer.SVI, then take Posterior.from_guide."
             )
-        # both look at the clock, if there is one, and then the fit cannot be repeated
+        # these and the rate look at the clock, if there is one; then the fit cannot be repeated
         half = None if max_seconds is None else 0.5 * max_seconds
         if num_particles is None:
             num_particles = choose_particles(joint, half)
@@ -234,13 +234,13 @@ def fit_svi(
     if max_seconds is not None:
         per_step = seconds_per_step(flow, joint, num_particles, seed)
         left = max(max_seconds - (clock() - began), 1e-3)
-        count_steps = min(count_steps, left / per_step)
+        count_steps = min(count_steps, left / max(per_step, 1e-6))  # clocks tick
     stages = posterior_stages(
         flow,
         joint,
         objective=_Watched(objective or ELBO()),
         count_particles=num_particles,
-        rate=choose_rate(count_steps),
+        rate=choose_rate(count_steps, num_particles),
         tails=objective is None,
     )
     history = train(

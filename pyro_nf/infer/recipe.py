@@ -38,7 +38,8 @@ BETAS = (0.9, 0.99)
 # More particles make the tails of the fit better, if they leave this many steps.
 MANY_PARTICLES = 256
 ENOUGH_STEPS = 500
-# Skewness and tails of a coordinate are felt by all draws at once, and learn at such a share of it.
+# Skewness and tails of a coordinate are felt by all draws at once: they learn at such a share
+# of the flow's rate.
 SHAPE_SHARE = 0.3
 # A batch of many particles that costs at most this many times one of few is nearly free.
 NEARLY_FREE = 1.5
@@ -89,7 +90,8 @@ def autoregressive_layers(input_dim: int) -> Chain:
             input_dim,
             hidden_dims=(width,),
             activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
-            reverse=i % 2 == 0,  # the last one in order: scales tend to come before what they scale
+            reverse=(COUNT_LAYERS - i) % 2
+            == 0,  # the last one in order: scales tend to come before what they scale
             fast="forward",
         )
         for i in range(COUNT_LAYERS)
@@ -197,14 +199,18 @@ def choose_particles(joint: LogJoint, max_seconds: float | None) -> int:
     return MANY_PARTICLES if enough or many < NEARLY_FREE * few else COUNT_PARTICLES
 
 
-def choose_rate(count_steps: float) -> float:
-    """The learning rate of the flow for so many steps: 12 / count_steps, but 0.005 to 0.01.
+def choose_rate(count_steps: float, count_particles: int) -> float:
+    """The learning rate of the flow: 12 / count_steps, but 0.005 to 0.01.
+
+    Few particles have noisy gradients, with which steps had better be small.
 
     Example:
-        >>> choose_rate(600), choose_rate(2000), choose_rate(6000)
-        (0.01, 0.006, 0.005)
+        >>> [choose_rate(steps, 256) for steps in (600, 2000, 6000)], choose_rate(600, 64)
+        ([0.01, 0.006, 0.005], 0.005)
     """
     least, most = FLOW_RATES
+    if count_particles < MANY_PARTICLES:
+        return least
     return min(max(RATE_TIMES_STEPS / max(count_steps, 1), least), most)
 
 
@@ -264,7 +270,10 @@ def posterior_stages(
 
 def _groups(flow: Flow, rate: float) -> list[dict[str, Any]]:
     """Parameters of a flow by the rate at which they learn."""
-    shapes = [p for m in flow.modules() if isinstance(m, Elementwise) for p in m.parameters()]
+    elementwise = [m for m in flow.modules() if isinstance(m, Elementwise)]
+    shapes = [
+        p for m in elementwise if isinstance(m.univariate, SinhArcsinh) for p in m.parameters()
+    ]
     slow = {id(p) for p in shapes}
     rest = [p for p in flow.parameters() if id(p) not in slow]
     groups = [{"params": rest, "lr": rate}, {"params": shapes, "lr": SHAPE_SHARE * rate}]

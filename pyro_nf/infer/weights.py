@@ -14,9 +14,11 @@ from torch import Tensor
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
 # Weights that are all equal have no tail at all: k-hat is -inf.
 _MIN_WEIGHTS = 25
+# If the largest weights differ by less (nats) they are no tail, whatever rounding makes of them.
+NO_TAIL = 1e-2
 # Log weights that differ by less (nats) are equal up to the rounding of single precision.
 ROUNDING = 1e-4
-# Multiples of it, modulo 1, are spread evenly, in any order of the weights.
+# Its multiples, modulo 1, are spread evenly.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -97,21 +99,22 @@ def smooth(log_weights: Tensor) -> Weights:
         khat = math.inf if int(finite.sum()) < _MIN_WEIGHTS else -math.inf
         return Weights(raw, raw, khat)
     count = int(finite.sum())
-    # as many as the library smooths
-    tail = raw[finite].sort().values[-math.ceil(min(count / 5, 3 * math.sqrt(count))) :]
-    if float(tail[-1] - tail[0]) < ROUNDING:  # the largest weights are equal: they are bounded
+    # no more than the library smooths
+    tail = raw[finite].sort().values[-math.floor(min(count / 5, 3 * math.sqrt(count))) :]
+    if float(tail[-1] - tail[0]) < NO_TAIL:
         return Weights(raw, raw, -math.inf)
-    given = raw[finite].numpy()
+    given = values = raw[finite].numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        normalized, khat = _psislw(given)
-        if not np.isfinite(normalized).all():
-            # Rounding made ties, to which no tail can be fitted; a dither as fine parts them.
-            normalized, khat = _psislw(given + ROUNDING * (np.arange(count) * GOLDEN % 1))
+        normalized, khat = _psislw(values)
+        if not (np.isfinite(normalized).all() and math.isfinite(khat)):
+            # Rounding made ties, to which no tail can be fitted: a dither as wide parts them.
+            gaps = np.diff(np.unique(given))
+            values = given + gaps.min() * (np.arange(count) * GOLDEN % 1 - 0.5)
+            normalized, khat = _psislw(values)
     # the library normalises; the smallest weight is not smoothed, and gives the scale back
-    least = int(raw[finite].argmin())
-    shift = float(raw[finite][least]) - float(normalized[least])
+    moved = normalized - values
     smoothed = raw.clone()
-    smoothed[finite] = torch.from_numpy(np.array(normalized)) + shift
+    smoothed[finite] += torch.from_numpy(moved - moved[values.argmin()])
     return Weights(raw, smoothed, khat)
 
 

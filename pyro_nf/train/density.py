@@ -99,7 +99,7 @@ def fit_density(
     the parameters that was best on the validation rows. Few rows for many columns bring weight
     decay on the networks, which rises when the flow overfits: when validation becomes worse while
     the loss falls, the fit goes back to its best state under more decay. Biases do not decay, so
-    that what is left is marginals without dependence. Heavy tails bring a Student t base in place
+    that what is left is linear maps and free marginals. Heavy tails bring a Student t base in place
     of a fixed normal one. If a
     Gaussian mixture is clearly better than the flow on the validation rows, it becomes the base of
     the flow, which then starts from it at the next fit.
@@ -283,7 +283,7 @@ def _mean_loss(flow: Flow, table: _Table) -> float:
 
 
 def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
-    """The weights of networks decay: to transforms of each coordinate alone, which biases make."""
+    """Matrices of networks decay; what their biases make of each coordinate stays."""
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": 0.0},
         {"params": [], "weight_decay": weight_decay},
@@ -292,7 +292,7 @@ def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
         network = not isinstance(module, (FlowTransform, Base, Flow))
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                groups[network and name.startswith("weight")]["params"].append(p)
+                groups[network and name.startswith("weight") and p.dim() > 1]["params"].append(p)
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("fit_density: the flow has no parameter that requires a gradient.")

@@ -490,21 +490,24 @@ class _Run:
         return sum(finite) / len(finite) if finite else math.nan
 
     def decay_more(self) -> None:
-        """Go back to the best state under more weight decay, if there is any."""
+        """Go back to the best state under more weight decay, if it can rise."""
         if self._raise_decays():
             self._go_back()
             self.history.overfits.append(self.history.steps)
 
     def _raise_decays(self) -> bool:
-        """Raise what decays, and say whether anything does."""
+        """Raise what decays, and say whether anything has risen."""
         least, most = RAISED_DECAYS
         groups = [group for stage in self.stages for group in stage.optimizer.param_groups]
         rates = [rate for rates in self.full_rates for rate in rates]
-        decaying = [(g, rate) for g, rate in zip(groups, rates, strict=True) if g["weight_decay"]]
-        for group, rate in decaying:
-            higher = min(max(DECAY_RISE * group["weight_decay"], least), most, LARGEST_SHARE / rate)
-            group["weight_decay"] = max(group["weight_decay"], higher)
-        return bool(decaying)
+        risen = False
+        for group, rate in zip(groups, rates, strict=True):
+            decay = group["weight_decay"]
+            if decay > 0 and rate > 0:
+                higher = min(max(DECAY_RISE * decay, least), most, LARGEST_SHARE / rate)
+                group["weight_decay"] = max(decay, higher)
+                risen |= higher > decay
+        return risen
 
     def check(self) -> None:
         """Take the metric, and keep the state if it is the best so far."""
