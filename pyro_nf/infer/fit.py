@@ -23,6 +23,7 @@ from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Obj
 from pyro_nf.infer.posterior import Posterior
 from pyro_nf.infer.recipe import (
     AVERAGE,
+    MANY_PARTICLES,
     choose_particles,
     choose_rate,
     elbo_floor,
@@ -232,9 +233,10 @@ def fit_svi(
     flow = guide._ready()
     left, count_steps = None, math.inf if max_steps is None else max_steps
     if max_seconds is not None:
-        per_step = seconds_per_step(flow, joint, num_particles, seed)
+        if num_particles >= MANY_PARTICLES:  # the rate for fewer does not ask how many steps
+            per_step = max(seconds_per_step(flow, joint, num_particles, seed), 1e-6)  # clocks tick
+            count_steps = min(count_steps, (max_seconds - (clock() - began)) / per_step)
         left = max(max_seconds - (clock() - began), 1e-3)
-        count_steps = min(count_steps, left / max(per_step, 1e-6))  # clocks tick
     stages = posterior_stages(
         flow,
         joint,

@@ -100,9 +100,8 @@ def fit_density(
     decay on the networks, which rises when the flow overfits: when validation becomes worse while
     the loss falls, the fit goes back to its best state under more decay. Biases do not decay, so
     that what is left is linear maps and free marginals. Heavy tails bring a Student t base in place
-    of a fixed normal one. If a
-    Gaussian mixture is clearly better than the flow on the validation rows, it becomes the base of
-    the flow, which then starts from it at the next fit.
+    of a fixed normal one. If a Gaussian mixture is clearly better than the flow on the validation
+    rows, it becomes the base of the flow, which then starts from it at the next fit.
 
     Args:
         flow: The flow, changed in place.

@@ -249,7 +249,7 @@ def train(
             of the budget (a float, for example 0.5); None for never.
         max_grad_norm: The norm that gradients are clipped to; None for no clipping.
         average: The decay of the moving average of the parameters, for example 0.99; None for none.
-        raise_decay: Whether weight decay rises when the fit overfits.
+        raise_decay: Whether weight decay rises when the fit overfits, as ``validate`` tells.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
         progress: Whether to show a progress bar.
         metric: Name of the metric in the bar and in messages.
