@@ -12,6 +12,7 @@ from pyro_nf.infer.objectives import (
     TemperedELBO,
 )
 from pyro_nf.infer.posterior import Posterior
+from pyro_nf.infer.recentre import Recentre
 from pyro_nf.infer.recipe import affine_base
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.weights import Weights, smooth
@@ -23,6 +24,7 @@ __all__ = [
     "ImportanceWeightedELBO",
     "LogJoint",
     "Posterior",
+    "Recentre",
     "Reparameterised",
     "SVIFit",
     "Start",

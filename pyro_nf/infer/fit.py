@@ -17,10 +17,11 @@ from tqdm import tqdm
 from pyro_nf._checks import check_count, check_positive
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
-from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.guide import RECENTRING, AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Estimate, Objective
 from pyro_nf.infer.posterior import Posterior
+from pyro_nf.infer.recentre import Recentre
 from pyro_nf.infer.recipe import (
     AVERAGE,
     MANY_PARTICLES,
@@ -34,7 +35,7 @@ from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
-from pyro_nf.train.checkpoint import load_settings
+from pyro_nf.train.checkpoint import load_module, load_settings
 from pyro_nf.train.loop import History, train
 from pyro_nf.train.randomness import own_randomness
 
@@ -56,8 +57,8 @@ class SVIFit:
         guide: The guide, in its best state.
         history: Losses (negative ELBOs) and the reason why the fit stopped.
         joint: The log joint density that it was fitted to.
-        start: The Gaussian, or the mixture, that the fit started from; None if the guide was set
-            up before, or the fit went on from a checkpoint.
+        start: The Gaussian, or the mixture, that the fit started from, in the coordinates of
+            learning; None if the guide was set up before, or the fit went on from a checkpoint.
         choice: What was chosen for this model, in a line.
     """
 
@@ -138,7 +139,9 @@ def fit_svi(
     (:func:`~pyro_nf.infer.start.laplace_start`), or from a mixture if the posterior is in separate
     pieces (:func:`~pyro_nf.infer.tempering.separated_mixture`), learns its affine part first and
     then everything (:func:`~pyro_nf.infer.recipe.posterior_stages`), with the
-    sticking-the-landing gradient. What is kept is a moving average of the parameters, at the check
+    sticking-the-landing gradient. Sites whose prior's location or scale is latent too are placed by
+    that prior (:class:`~pyro_nf.infer.recentre.Recentre`) if the start is the better for it, so
+    that a hierarchy has no funnel. What is kept is a moving average of the parameters, at the check
     where its ELBO by a fixed set of draws, less two standard errors, was best; the start is checked
     too.
 
@@ -215,42 +218,53 @@ def fit_svi(
         half = None if max_seconds is None else 0.5 * max_seconds
         if num_particles is None:
             num_particles = choose_particles(joint, half)
-        if max_seconds is not None or compile:
-            joint.trace(num_particles, seconds.share(_TRACE_SHARE), clock, compile)
+
+        def record(joint: LogJoint, compile: bool = False) -> None:
+            if max_seconds is not None or compile:
+                joint.trace(num_particles, seconds.share(_TRACE_SHARE), clock, compile)
+
         start: Start | GaussianMixture | None = None
+        learning: LogJoint | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
             count = load_settings(checkpoint).get("count_components", 1)
             guide = AutoFlow(model, count_components=count) if guide is None else guide
             guide._build(*args, **kwargs)
+            guide.recentre(_recentring_of(checkpoint, joint))
         elif guide is None or guide.prototype_trace is None:
-            guide, start = _started(model, guide, joint, seconds, seed, clock)
+            guide, start, learning = _started(model, guide, joint, seconds, record, seed, clock)
+        if learning is None:
+            learning = _learning_joint(guide, joint)
+        record(learning, compile)
+    recentred = "" if learning is joint else f" and {len(joint.hierarchical_sites)} recentred sites"
     choice = (
-        f"{joint.latent_dim} coordinates, log joint {joint.kind}, "
+        f"{joint.latent_dim} coordinates{recentred}, log joint {joint.kind}, "
         f"{guide.count_components} component(s), {num_particles} particles"
     )
     if progress:
         tqdm.write(f"fit_svi: {choice}", file=sys.stderr)
-    flow = guide._ready()
+    flow = guide.recentred_flow
     left, count_steps = None, math.inf if max_steps is None else max_steps
     if max_seconds is not None:
         if num_particles >= MANY_PARTICLES:  # the rate for fewer does not ask how many steps
-            per_step = max(seconds_per_step(flow, joint, num_particles, seed), 1e-6)  # clocks tick
+            per_step = max(
+                seconds_per_step(flow, learning, num_particles, seed), 1e-6
+            )  # clocks tick
             count_steps = min(count_steps, (max_seconds - (clock() - began)) / per_step)
         left = max(max_seconds - (clock() - began), 1e-3)
     stages = posterior_stages(
         flow,
-        joint,
+        learning,
         objective=_Watched(objective or ELBO()),
         count_particles=num_particles,
         rate=choose_rate(count_steps, num_particles),
         tails=objective is None,
     )
     history = train(
-        flow,
+        guide._ready(),
         stages,
         max_steps=max_steps,
         max_seconds=left,
-        validate=None if objective else lambda: -elbo_floor(flow, joint, seed=seed),
+        validate=None if objective else lambda: -elbo_floor(flow, learning, seed=seed),
         patience=patience,
         average=AVERAGE,
         seed=seed,
@@ -278,26 +292,56 @@ class _Seconds:
         return _LONGEST_START if self.total is None else share * self.total
 
 
+def _recentring_of(checkpoint: str | os.PathLike[str], joint: LogJoint) -> Recentre | None:
+    """The recentring of the guide in a checkpoint, if it has one."""
+    tensors = load_module(checkpoint)
+    keys = [RECENTRING + name for name in ("precision", "shift")]
+    return Recentre(joint, *(tensors[key] for key in keys)) if keys[0] in tensors else None
+
+
+def _learning_joint(guide: AutoFlow, joint: LogJoint) -> LogJoint:
+    """The log joint density in the coordinates in which a guide learns."""
+    if guide.recentring is None:
+        return joint
+    guide.recentring.joint = joint  # with the data of now
+    return guide.recentring.recentred()
+
+
 def _started(
     model: Model,
     guide: AutoFlow | None,
     joint: LogJoint,
     seconds: _Seconds,
+    record: Callable[[LogJoint], None],
     seed: int,
     clock: Callable[[], float],
-) -> tuple[AutoFlow, Start | GaussianMixture]:
-    """A guide that is set up and stands where the fit shall begin."""
+) -> tuple[AutoFlow, Start | GaussianMixture, LogJoint]:
+    """A guide that is set up and stands where the fit shall begin, and the density that it meets.
+
+    A hierarchy is started in plain and in recentred coordinates; the better ELBO decides.
+    """
     init = joint.init_loc
     if guide is not None:
         guide._build(*joint.args, **joint.kwargs)
         init = guide._init_loc()
-    start = laplace_start(
-        joint, init, max_seconds=seconds.share(_START_SHARE), seed=seed, clock=clock
-    )
+    record(joint)
+    share = _START_SHARE / (2 if joint.hierarchical_sites else 1)
+
+    def started(joint: LogJoint, init: Tensor) -> Start:
+        return laplace_start(joint, init, max_seconds=seconds.share(share), seed=seed, clock=clock)
+
+    start, learning, recentring = started(joint, init), joint, None
+    if joint.hierarchical_sites:
+        candidate = Recentre.at(joint, start.loc)
+        there = candidate.recentred()
+        record(there)
+        other = started(there, candidate.inverse_and_ladj(start.loc)[0].detach())
+        if other.elbo > start.elbo:
+            start, learning, recentring = other, there, candidate
     mixture = None
     if guide is None or guide.count_components > 1:
         mixture = separated_mixture(
-            joint, start, max_seconds=seconds.share(_PIECES_SHARE), seed=seed, clock=clock
+            learning, start, max_seconds=seconds.share(_PIECES_SHARE), seed=seed, clock=clock
         )
     if guide is None:
         count = 1 if mixture is None else mixture.count_components
@@ -305,5 +349,5 @@ def _started(
         guide._build(*joint.args, **joint.kwargs)
     fits = mixture is not None and mixture.count_components == guide.count_components
     found = mixture if mixture is not None and fits else start
-    guide.start_at(found)
-    return guide, found
+    guide.start_at(found, recentring)
+    return guide, found, learning

@@ -23,6 +23,8 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import nsf
 from pyro_nf.infer.gaussians import MAX_FULL_DIM
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.recentre import Recentre
 from pyro_nf.infer.recipe import affine_base, autoregressive_layers
 from pyro_nf.infer.sites import (
     InitLocFn,
@@ -40,8 +42,11 @@ from pyro_nf.transforms.base import Chain, FlowTransform
 
 FlowFactory = Callable[[int], Flow | FlowTransform]
 
-# Where a guide's flow keeps its coordinates, for the names in Pyro's param store.
-_COORDINATES = "transform.parts.2"
+# How many parts of a guide's flow learn: the flow itself and the affine base. The rest are the
+# coordinates of learning.
+_LEARNING = 2
+#: How the names of a recentring's tensors begin in the state of a guide's flow.
+RECENTRING = f"transform.parts.{_LEARNING + 1}."
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
 _NUM_DRAWS = 20_000
 # What a deep copy shares with the original, and a pickled guide goes without.
@@ -80,7 +85,8 @@ class AutoFlow(AutoContinuous):
     and :math:`L_0` is ``init_scale`` times the identity, where ``AutoDiagonalNormal`` starts too;
     ``start_at`` puts them elsewhere. With ``count_components`` above 1 the base is a learnable
     Gaussian mixture instead of :math:`N(0, I)`, for posteriors in separate pieces. Above some
-    hundreds of dimensions ``L`` has low rank plus a diagonal and :math:`L_0` is a diagonal.
+    hundreds of dimensions ``L`` has low rank plus a diagonal and :math:`L_0` is a diagonal. After
+    :meth:`recentre` the last map of all places hierarchical sites by their priors.
 
     It works wherever an ``AutoContinuous`` does: ``SVI``, ``Predictive``, ``NeuTraReparam``; and
     takes flat priors (``ImproperUniform``). Parameters exist after :meth:`setup` with the model's
@@ -260,20 +266,51 @@ class AutoFlow(AutoContinuous):
 
     @property
     def coordinates(self) -> FixedAffine:
-        """The map from the coordinates of learning to the unconstrained latents."""
-        return cast(FixedAffine, cast(Chain, self._ready().transform).parts[2])
+        """The map from the coordinates of learning to the unconstrained latents.
 
-    def start_at(self, start: Start | GaussianMixture) -> None:
+        A :attr:`recentring`, if there is one, comes after it.
+        """
+        return cast(FixedAffine, self._parts()[_LEARNING])
+
+    def _parts(self) -> list[FlowTransform]:
+        return cast("list[FlowTransform]", list(cast(Chain, self._ready().transform).parts))
+
+    @property
+    def recentring(self) -> Recentre | None:
+        """What places the coordinates of hierarchical sites by their priors, if anything does."""
+        last = self._parts()[-1]
+        return last if isinstance(last, Recentre) else None
+
+    @property
+    def recentred_flow(self) -> Flow:
+        """The flow, with the same parameters, in the coordinates before the recentring."""
+        return Flow(Chain(self._parts()[: _LEARNING + 1]), self.flow.base)
+
+    def recentre(self, recentring: Recentre | None) -> None:
+        """Learns from now on in coordinates in which a hierarchy has no funnel.
+
+        Args:
+            recentring: The map from there to the unconstrained latents; None for no such map.
+
+        Raises:
+            RuntimeError: Before :meth:`setup`.
+        """
+        last = [] if recentring is None else [recentring]
+        self.flow = Flow(Chain([*self._parts()[: _LEARNING + 1], *last]), self.flow.base)
+
+    def start_at(self, start: Start | GaussianMixture, recentring: Recentre | None = None) -> None:
         """Learns from now on in the coordinates of a Gaussian, and starts at that Gaussian.
 
         Args:
             start: What :func:`pyro_nf.infer.start.laplace_start` found, or, for a guide with as
                 many components, what :func:`pyro_nf.infer.tempering.separated_mixture` found.
+            recentring: The map to the unconstrained latents, if the start is in others.
 
         Raises:
             ValueError: If the number of components differs.
             RuntimeError: Before :meth:`setup`.
         """
+        self.recentre(recentring)
         flow = self._ready()
         if isinstance(start, GaussianMixture):
             if start.count_components != self.count_components:
@@ -285,9 +322,29 @@ class AutoFlow(AutoContinuous):
             flow.base.load_state_dict(mixture.state_dict())
         if self.latent_dim <= MAX_FULL_DIM:
             start = replace(start, scale=start.scale_tril)
-        parts = cast(Chain, flow.transform).parts
-        for mine, given in zip(parts[1:], affine_base(start).parts, strict=True):
+        for mine, given in zip(
+            self._parts()[1 : _LEARNING + 1], affine_base(start).parts, strict=True
+        ):
             mine.load_state_dict(given.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes the state of another guide of this model, its recentring included.
+
+        Args:
+            state_dict: What ``state_dict()`` of the other guide returned.
+            *args: As in ``torch.nn.Module``.
+            **kwargs: As in ``torch.nn.Module``.
+        """
+        self._expect_recentring(f"flow.{RECENTRING}precision" in state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _expect_recentring(self, is_stored: bool) -> None:
+        """Makes a recentring, to be filled, if what is to be loaded has one."""
+        if is_stored and self.recentring is None:
+            given = cast(Trace, self.prototype_trace).nodes["_INPUT"]
+            model = self._plain_model[0]
+            joint = LogJoint(model, given["args"], given["kwargs"], init_loc_fn=self._init_loc_fn)
+            self.recentre(Recentre(joint))
 
     def __getstate__(self) -> dict[str, Any]:
         # Models can hardly be pickled, so a pickled guide has none. Pyro's own __getstate__ takes
@@ -415,14 +472,19 @@ class AutoFlow(AutoContinuous):
 
     def _in_param_store(self) -> dict[str, Tensor]:
         """What the param store holds, or would hold, of this guide: the tensors by their keys."""
-        tensors: dict[str, Tensor] = dict(self._ready().named_parameters())
-        for name, buffer in self.coordinates.named_buffers():
-            tensors[f"{_COORDINATES}.{name}"] = buffer
-        name = f"{self._pyro_name}.flow"
-        return {param_with_module_name(name, key): tensor for key, tensor in tensors.items()}
+        flow = self._ready()
+        tensors: dict[str, Tensor] = dict(flow.named_parameters())
+        for i, part in enumerate(self._parts()):
+            if i >= _LEARNING:
+                tensors |= {f"transform.parts.{i}.{name}": b for name, b in part.named_buffers()}
+        return {self._store_name(key): tensor for key, tensor in tensors.items()}
+
+    def _store_name(self, key: str) -> str:
+        return param_with_module_name(f"{self._pyro_name}.flow", key)
 
     def _take_from_param_store(self) -> None:
         store = pyro.get_param_store()
+        self._expect_recentring(self._store_name(f"{RECENTRING}precision") in store)
         for key, tensor in self._in_param_store().items():
             if key in store and store[key].shape != tensor.shape:
                 raise ValueError(

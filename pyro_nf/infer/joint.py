@@ -1,5 +1,6 @@
 """The log joint density of a Pyro model as one batched function of one flat vector."""
 
+import copy
 import random
 import time
 import warnings
@@ -16,6 +17,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds
 from pyro_nf.infer.sites import InitLocFn, LatentSite, Model, bijection, trace_prototype
 from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
@@ -75,6 +77,8 @@ class LogJoint:
         dynamic_sites: latent sites whose support depends on other latents. `unpack` knows them,
             Pyro's `AutoContinuous` does not.
         enumerated_sites: discrete latents that are summed out.
+        hierarchical_sites: latent sites whose prior has a location or a scale that depends on other
+            latents, if a batch can be run at once; `recentred` knows what to do with them.
 
     Raises:
         ValueError: no continuous latent; a latent in a subsampled plate; a non-finite log joint
@@ -112,6 +116,8 @@ class LogJoint:
         self.kind = "batched"
         self.reason = ""
         self.dynamic_sites: tuple[str, ...] = ()
+        self.hierarchical_sites: tuple[str, ...] = ()
+        self._centring: dict[str, SiteCentring] = {}
         self._recorded: torch.fx.GraphModule | None = None
         self._graphs: dict[tuple[int, torch.dtype], Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -121,8 +127,9 @@ class LogJoint:
             self._read(trace)
             self._prepare_enumeration()
             self.init_loc = self._coordinates(trace)
-            self._inspect()
+            run = self._inspect()
             self._check()
+            self._note_hierarchy(trace, run)
 
     def __repr__(self) -> str:
         return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites={self.sites})"
@@ -176,14 +183,17 @@ class LogJoint:
     def _coordinates(self, trace: poutine.Trace) -> Tensor:
         pieces = []
         for name, site in self.sites.items():
-            u = site.transform.inv(trace.nodes[name]["value"]).detach().reshape(-1)
-            pieces.append(u)
+            node: Any = trace.nodes[name]
+            u = site.transform.inv(node["value"])
+            if name in self._centring:
+                u, _ = self._centring[name].inverse(node["fn"], u)
+            pieces.append(u.detach().reshape(-1))
         dtype = pieces[0].dtype
         for piece in pieces:
             dtype = torch.promote_types(dtype, piece.dtype)
         return torch.cat([piece.to(dtype) for piece in pieces])
 
-    def _inspect(self) -> None:
+    def _inspect(self) -> Substitute:
         """Randomness, own parameters, dynamic supports and hidden batch dimensions."""
         noise = torch.randn(self.latent_dim, dtype=self.init_loc.dtype)
         z = self.init_loc + 0.1 * noise.to(self.init_loc.device)
@@ -202,6 +212,21 @@ class LogJoint:
             if not torch.equal(run.values[name], site.transform(site.cut(z)))
         ]
         self.dynamic_sites = tuple(moved)
+        return run
+
+    def _note_hierarchy(self, trace: poutine.Trace, run: Substitute) -> None:
+        """Which priors moved between two runs at different points."""
+        if self.kind not in ("batched", "vmap") or self.is_random:
+            return
+        if self.dynamic_sites or self.enumerated_sites:
+            return
+        moved = []
+        for name, there in run.priors.items():
+            node: Any = trace.nodes[name]
+            here = location_and_scale(node["fn"])
+            if here is not None and not all(map(torch.equal, here, there)):
+                moved.append(name)
+        self.hierarchical_sites = tuple(moved)
 
     def _check(self) -> None:
         """Compares a batch with single evaluations; picks the fastest way that agrees."""
@@ -280,7 +305,7 @@ class LogJoint:
     def _run(self, z: Tensor, dynamic: bool | None = None) -> tuple[Tensor, Substitute]:
         """One run of the model for z (D,) or for a batch (S, D)."""
         moving = bool(self.dynamic_sites) if dynamic is None else dynamic
-        run = Substitute(self.sites, z, self.max_batch_ndim, moving)
+        run = Substitute(self.sites, z, self.max_batch_ndim, moving, self._centring)
         try:
             with poutine.block():
                 if not self.enumerated_sites:
@@ -435,7 +460,7 @@ class LogJoint:
             is faster.
         """
         key = (batch_size, self.init_loc.dtype)
-        if key in self._graphs:
+        if key in self._graphs and not compile:
             return True
         if self.is_random or self.has_parameters or self.kind == "loop" or max_seconds <= 0:
             return False
@@ -495,6 +520,8 @@ class LogJoint:
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
         """``{site: constrained value (..., *shape)}`` of ``z (..., D)``."""
         self._expect(z)
+        if self._centring:
+            z, _ = self._moved(z, self._centring, inverse=False)
         if not self.dynamic_sites:
             return {name: site.transform(site.cut(z)) for name, site in self.sites.items()}
         flat = z.reshape(-1, self.latent_dim)
@@ -531,7 +558,66 @@ class LogJoint:
             pieces.append(u.reshape(*value.shape[: value.dim() - ndim], site.size))
         lead = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
         pieces = [piece.expand(lead + piece.shape[-1:]) for piece in pieces]
-        return torch.cat(pieces, -1).to(self.init_loc.dtype)
+        z = torch.cat(pieces, -1).to(self.init_loc.dtype)
+        return self._moved(z, self._centring, inverse=True)[0] if self._centring else z
+
+    def recentred(self, precision: Tensor, shift: Tensor) -> "LogJoint":
+        """The same density in coordinates that place hierarchical sites by their priors.
+
+        See :mod:`pyro_nf.infer.centring`.
+
+        Args:
+            precision: h of all coordinates (D,); it counts at `hierarchical_sites`.
+            shift: b of all coordinates (D,).
+        """
+        other = copy.copy(self)
+        other._centring = self._centring_of(precision, shift)
+        other._graphs, other._recorded = {}, None
+        other._way = other._by_batch if self.kind == "batched" else other._by_vmap
+        other.init_loc = self.move(self.init_loc, precision, shift, inverse=True)[0].detach()
+        return other
+
+    def move(
+        self, z: Tensor, precision: Tensor, shift: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """From the coordinates of `recentred` to plain ones, or back, by one run of the model.
+
+        Args:
+            z: coordinates (..., D).
+            precision: h (D,).
+            shift: b (D,).
+            inverse: whether z is plain.
+
+        Returns:
+            The other coordinates (..., D) and the ladj (...) of this direction.
+        """
+        self._expect(z)
+        return self._moved(z, self._centring_of(precision, shift), inverse)
+
+    def _centring_of(self, precision: Tensor, shift: Tensor) -> dict[str, SiteCentring]:
+        sites = {name: self.sites[name] for name in self.hierarchical_sites}
+        return {
+            name: SiteCentring(site.cut(precision), site.cut(shift)) for name, site in sites.items()
+        }
+
+    def _moved(
+        self, z: Tensor, centring: Mapping[str, SiteCentring], inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        if not z.numel():
+            return z, z.sum(-1)
+
+        def moved(z: Tensor) -> tuple[Tensor, Tensor]:
+            run = Substitute(self.sites, z, self.max_batch_ndim, False, centring, inverse)
+            run.is_scored = False
+            with poutine.block(), run:
+                self.model(*self.args, **self.kwargs)
+            pieces = [run.coordinates[name].reshape(*z.shape[:-1], -1) for name in self.sites]
+            return torch.cat(pieces, -1), run.ladj()
+
+        way = moved if self.kind == "batched" else torch.func.vmap(moved, randomness="same")
+        with fast_pyro(), SafeLinalg():
+            other, ladj = way(z.reshape(-1, self.latent_dim))
+        return other.reshape(z.shape), ladj.reshape(z.shape[:-1])
 
     def init(self, init_loc_fn: InitLocFn, seed: int = 0) -> Tensor:
         """The coordinates (D,) of another initial point."""

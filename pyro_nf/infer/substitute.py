@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.sites import LatentSite, Message, bijection, event_ladj, is_identity
 
 
@@ -61,17 +62,43 @@ class Substitute(Messenger):
     """Gives every latent its value, cut from z (..., D), and sums the log density.
 
     `pad` dimensions of size 1 stand between the leading dimensions of z and those of a site.
+
+    Args:
+        sites: where each latent lies in z.
+        z: coordinates (D,) or (S, D).
+        max_batch_ndim: how many batch dimensions the model has.
+        dynamic: whether supports depend on latents.
+        centring: what places the coordinates of some sites by their priors.
+        uncentre: whether z is plain, and the centred coordinates are looked for.
+
+    Attributes:
+        values: of the latents, as the model sees them.
+        coordinates: of the latents on the other side of the centring.
+        ladjs: of the centring, each (S,) or ().
+        priors: location and scale of the latents that have them.
+        terms: of the log density, each (S,) or ().
     """
 
     def __init__(
-        self, sites: Mapping[str, LatentSite], z: Tensor, max_batch_ndim: int, dynamic: bool
+        self,
+        sites: Mapping[str, LatentSite],
+        z: Tensor,
+        max_batch_ndim: int,
+        dynamic: bool,
+        centring: Mapping[str, SiteCentring] | None = None,
+        uncentre: bool = False,
     ) -> None:
         super().__init__()
         self.sites = sites
         self.z = z
         self.max_batch_ndim = max_batch_ndim
         self.dynamic = dynamic
+        self.centring = centring or {}
+        self.uncentre = uncentre
         self.values: dict[str, Tensor] = {}
+        self.coordinates: dict[str, Tensor] = {}
+        self.ladjs: list[Tensor] = []
+        self.priors: dict[str, tuple[Tensor, Tensor]] = {}
         self.last_site = "the start"
         self.terms: list[Tensor] = []
         self.batch_ndims: list[int] = []
@@ -92,11 +119,27 @@ class Substitute(Messenger):
             )
         batched = self.z.dim() > 1
         u = site.cut(self.z, self.max_batch_ndim - site.batch_ndim if batched else 0)
+        u = self._centred(site, fn, u)
         transform = bijection(name, fn) if self.dynamic else site.transform
         value = transform(u)
         msg["value"] = self.values[name] = value
         if not is_identity(transform):
             self._add(event_ladj(transform, u, value, fn.event_dim))
+
+    def _centred(self, site: LatentSite, fn: Any, u: Tensor) -> Tensor:
+        """The plain coordinates of a site; notes those on the other side, and the ladj."""
+        prior, centring = location_and_scale(fn), self.centring.get(site.name)
+        if prior is not None:
+            self.priors[site.name] = prior
+        if centring is None:
+            self.coordinates[site.name] = u
+            return u
+        other, ladj = (centring.inverse if self.uncentre else centring.forward)(fn, u)
+        event_dims = tuple(range(site.batch_ndim - len(site.unconstrained_shape), 0))
+        ladj = ladj.sum(event_dims) if event_dims else ladj
+        self.coordinates[site.name] = other
+        self.ladjs.append(self._summed(ladj))
+        return u if self.uncentre else other
 
     def _pyro_post_sample(self, msg: Message) -> None:
         fn = msg["fn"]
@@ -109,22 +152,30 @@ class Substitute(Messenger):
         self._add(log_prob if isinstance(log_prob, Tensor) else self.z.new_zeros(()))
 
     def _add(self, term: Tensor) -> None:
-        """Sums a term over all that is not a particle: shape () or (S,)."""
+        self.terms.append(self._summed(term))
+
+    def _summed(self, term: Tensor) -> Tensor:
+        """A term summed over all that is not a particle: shape () or (S,)."""
         self.batch_ndims.append(term.dim())
         if self.z.dim() > 1 and term.dim() > self.max_batch_ndim:
             if term.dim() > self.max_batch_ndim + 1 or term.shape[0] not in (1, len(self.z)):
                 raise RuntimeError(
                     f"its log density has shape {tuple(term.shape)} for {len(self.z)} particles"
                 )
-            term = term.reshape(term.shape[0], -1).sum(-1)
-        else:
-            term = term.sum()
-        self.terms.append(term)
+            return term.reshape(term.shape[0], -1).sum(-1)
+        return term.sum()
 
     def total(self) -> Tensor:
-        """log p of each particle: z.shape[:-1]."""
+        """log p of each particle in the coordinates z: z.shape[:-1]."""
+        return self._total(self.terms) + self.ladj()
+
+    def ladj(self) -> Tensor:
+        """log|det| of the centring for each particle: z.shape[:-1]."""
+        return self._total(self.ladjs)
+
+    def _total(self, terms: Sequence[Tensor]) -> Tensor:
         total = self.z.new_zeros(self.z.shape[:-1])
-        for term in self.terms:
+        for term in terms:
             total = total + term
         return total
 

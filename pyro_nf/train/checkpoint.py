@@ -78,6 +78,20 @@ def load_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
+def load_module(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the tensors of the module of the fit that wrote a checkpoint.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, corrupt or of a newer version.
+    """
+    tensors = load_tensors(path, KIND)[0]
+    return {k.removeprefix("module/"): t for k, t in tensors.items() if k.startswith("module/")}
+
+
 def load_state(
     path: str | os.PathLike[str], module: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> TrainingState:
