@@ -115,6 +115,13 @@ def check_univariate(univariate: UnivariateMap) -> None:
     leaf = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(univariate.forward_and_ladj(leaf, params)[0].sum(), leaf)
     _close(f"{name}: ladj against autograd", ladj, slope.abs().log(), LADJ)
+    by_autograd = UnivariateMap.slopes(univariate, x, params)
+    for key, got in univariate.slopes(x, params)._asdict().items():
+        _close(f"{name}: {key} against autograd", got, getattr(by_autograd, key), LADJ)
+    kept, keep = by_autograd.x_params, params.clone().requires_grad_()
+    moved = univariate.inverse_and_ladj(y, keep)[0].sum()
+    if univariate.exact_inverse and p:
+        _close(f"{name}: x_params", kept, torch.autograd.grad(moved, keep)[0], NUMERIC)
     y_again, _ = univariate.forward_and_ladj(x, params[:1].expand(50, 4, p))
     assert bool((y_again.diff(dim=0) > 0).all()), f"{name}: is not increasing"
     if p:
@@ -264,15 +271,37 @@ def gradients_cancel(transform: FlowTransform) -> None:
 
 
 def scores_are_pushed(transform: FlowTransform) -> None:
-    """J^T times the score of y, plus the gradient of the ladj, is the score of x."""
+    """J^T times the score of y, plus the gradient of the ladj, is the score of x.
+
+    What comes with the score is what the forward direction gives, and has the same gradient.
+    """
     x, context = _x(transform, 2, 3).requires_grad_(), _context(transform, 3)
     y, ladj = transform.forward_and_ladj(x, context)
     score_x = points(constraints.real, tuple(x.shape), seed=4)
-    pushed, score_y = transform.push_score(x, score_x, context)
-    assert not (pushed.requires_grad or score_y.requires_grad), "push_score left a graph"
+    pushed, pushed_ladj, score_y = transform.push_score(x, score_x, context)
+    assert not score_y.requires_grad, "push_score left a graph of the score"
     _close("y of push_score", pushed, y, EXACT)
+    _close("ladj of push_score", pushed_ladj, ladj, EXACT)
     total = (y * score_y).sum() + ladj.sum()
-    _close("score brought back", torch.autograd.grad(total, x)[0], score_x, 1e-6)
+    wanted, *grads = _gradients(transform, total, x)
+    _close("score brought back", wanted, score_x, 1e-6)
+    for got, want in zip(
+        _gradients(transform, (pushed * score_y).sum() + pushed_ladj.sum(), x),
+        (wanted, *grads),
+        strict=True,
+    ):
+        _close("gradient by push_score", got, want, EXACT)
+    with torch.no_grad():
+        again = transform.push_score(x, score_x, context)
+    assert not any(t.requires_grad for t in again), "push_score made a graph under no_grad"
+    _close("score under no_grad", again[2], score_y, EXACT)
+
+
+def _gradients(transform: FlowTransform, total: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x, *transform.parameters()]
+    return torch.autograd.grad(
+        total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def nothing_is_stale(transform: FlowTransform) -> None:

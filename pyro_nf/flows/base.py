@@ -39,6 +39,18 @@ class Base(nn.Module, ABC):
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         """Returns a fresh distribution with this batch shape."""
 
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns :math:`\log p_0(x)` (...) and its slope (..., D), without a graph.
+
+        Args:
+            x: Shape ``(..., D)``.
+        """
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            log_prob = self().log_prob(leaf)
+            (score,) = torch.autograd.grad(log_prob.sum(), leaf)
+        return log_prob.detach(), score
+
 
 class DiagonalNormal(Base):
     r"""Independent normals, :math:`x_i \sim N(\mu_i, \sigma_i)`; standard normals by default.
@@ -71,6 +83,10 @@ class DiagonalNormal(Base):
 
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         return IndependentNormals(self.loc, self.scale, torch.Size(batch_shape))
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self().log_prob(x), (self.loc - x) / self.scale.square()
 
 
 class IndependentNormals(dist.TorchDistribution):

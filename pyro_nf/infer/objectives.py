@@ -66,7 +66,7 @@ class Paths:
 
     Attributes:
         z: Draws T(x) (S, D), with the graph to the flow's parameters.
-        log_q: (S,), with the graph.
+        log_q: (S,), with the graph if it is a path of the gradient.
         log_p: (S,); with a graph if it is a path of the gradient.
         slope_p: d log p / dz (S, D), without a graph.
         slope_q: d log q / dz (S, D) at fixed parameters, without a graph, or None.
@@ -106,7 +106,7 @@ class GradientEstimator(ABC):
 
 
 def _density_paths(
-    flow: Flow, joint: DifferentiableLogJoint, x: Tensor, z: Tensor, log_q: Tensor
+    joint: DifferentiableLogJoint, z: Tensor, log_q: Tensor, slope_q: Tensor | None = None
 ) -> Paths:
     """Slopes of the joint density; with a graph only to the model's own parameters."""
     if joint.has_parameters:
@@ -116,8 +116,9 @@ def _density_paths(
         (slope_p,) = torch.autograd.grad(total, leaf, retain_graph=True)
     else:
         log_p, slope_p = joint.value_and_grad(z)
-    ok = torch.isfinite(log_p + log_q + z.sum(-1))  # a sum is finite only if all of it is
-    return Paths(z, log_q, log_p, slope_p, None, ok)
+    total = log_p + log_q + (z if slope_q is None else z + slope_q).sum(-1)
+    ok = torch.isfinite(total.detach())  # a sum is finite only if all of it is
+    return Paths(z, log_q, log_p, slope_p, slope_q, ok)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Reparameterised(GradientEstimator):
 
     def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
         z, ladj = flow.transform.forward_and_ladj(x)
-        return _density_paths(flow, joint, x, z, flow.base().log_prob(x) - ladj)
+        return _density_paths(joint, z, flow.base().log_prob(x) - ladj)
 
     def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
         # z . slope has the gradient of log p(z); log_p itself that of the model's parameters.
@@ -154,15 +155,9 @@ class StickTheLanding(GradientEstimator):
     """
 
     def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
-        z, ladj = flow.transform.forward_and_ladj(x)
-        base = flow.base()
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (slope_x,) = torch.autograd.grad(base.log_prob(leaf).sum(), leaf)
-        _, slope_q = flow.transform.push_score(leaf.detach(), slope_x)
-        paths = _density_paths(flow, joint, x, z, base.log_prob(x) - ladj)
-        ok = paths.ok & torch.isfinite(slope_q).all(-1)
-        return Paths(z, paths.log_q, paths.log_p, paths.slope_p, slope_q, ok)
+        log_p0, score = flow.base.log_prob_and_score(x)
+        z, ladj, slope_q = flow.transform.push_score(x, score)
+        return _density_paths(joint, z, log_p0 - ladj.detach(), slope_q)
 
     def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
         assert paths.slope_q is not None

@@ -34,13 +34,17 @@ arrives, the network must be given :math:`\bar\theta` and ``v`` in addition :mat
     \bar v = (\partial g/\partial v)^\top \mu.
 
 :math:`N^\top` is a chain of transposed weights and slopes of activations, so this is such a ring
-again, and read backwards it is block lower triangular: :func:`substitute` solves it too.
+again, and read backwards it is block lower triangular. As all of it is linear, a leaf of the
+halving is solved at once, by its Jacobian. The path gradient is the same task
+(:func:`solve_transposed`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,6 +52,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_nf.nn.masked import Groups, MaskedLinear, MaskedNet, propagate
+from pyro_nf.ops.gradients import derivative
 from pyro_nf.ops.layout import features_first
 
 # Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
@@ -59,6 +64,9 @@ LEAF_UNITS, FEWEST_GROUPS, MOST_GROUPS = 32, 4, 16
 # most half of the time that the substitution would take.
 FEW_ROWS = 4
 WEIGHTS_PER_GROUP = 60_000
+
+# Backwards, leaves are solved at once, by Jacobians of about LEAF_ENTRIES entries in all.
+LEAF_ENTRIES, MOST_GROUPS_AT_ONCE = 2**15, 25
 
 #: One direction of a univariate map: of values ``(..., D)`` and parameters ``(..., D, P)`` it makes
 #: images and ladjs, both ``(..., D)``.
@@ -112,56 +120,36 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
 
 
 @torch.compiler.disable
-def push_score(
-    net: MaskedNet, u: Map, x: Tensor, score: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    r"""Carries points and their scores through :math:`y = u(x; \operatorname{net}(x, c))`.
-
-    .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log|\det J|)
-
-    With :math:`a = \partial u/\partial x` and :math:`U = \partial u/\partial\theta`, :math:`J = a
-    + U N` is triangular. The score :math:`r` of ``y`` is what the network gives back,
-
-    .. math::
-        \mu = N^\top \bar\theta, \qquad
-        \bar\theta = U^\top r + \partial\ell/\partial\theta, \qquad
-        a r = \nabla_x \log p(x) - \partial\ell/\partial x - \mu,
-
-    where :math:`\ell` is the ladj of ``u``: the same ring as for the gradient of :func:`solve`.
+def solve_transposed(net: MaskedNet, sums: Sequence[Tensor], G: Tensor, tau: Tensor) -> Tensor:
+    r"""Finds the :math:`\mu` with :math:`\mu = N^\top (\tau + G^\top \mu)`.
 
     Args:
-        net: The network of :math:`\theta`.
-        u: One direction of a univariate map.
-        x: Shape ``(..., D)``.
-        score: :math:`\nabla_x \log p(x)`, of that shape.
-        context: Shape ``(..., C)``, whose batch broadcasts to that of ``x``; None if there is none.
+        net: The network with the Jacobian :math:`N`.
+        sums: What its :meth:`~pyro_nf.nn.masked.MaskedNet.sums` are where :math:`N` is taken.
+        G: A number for each parameter, which belongs to one coordinate, shape ``(..., D, P)``.
+        tau: Of that shape.
 
     Returns:
-        ``y`` and its score, each of shape ``(..., D)``, without a graph.
+        Shape ``(..., D)``, without a graph.
+
+    Example:
+        >>> import torch
+        >>> net = MaskedNet(3, 1, hidden_dims=())
+        >>> torch.nn.init.ones_(net.layers[0].weight)
+        Parameter containing:
+        tensor([[1., 1., 1.],
+                [1., 1., 1.],
+                [1., 1., 1.]], requires_grad=True)
+        >>> G = tau = torch.ones(3, 1)
+        >>> solve_transposed(net, net.sums(torch.zeros(3)), G, tau).tolist()
+        [3.0, 1.0, 0.0]
     """
-    layers = cast(Sequence[MaskedLinear], net.layers)
-    plan = _Plan(u, net.activation, net.skips, [layer.mask for layer in layers], net.groups)
-    with torch.no_grad():
-        inputs = [features_first(x), *net.sums(x, context)]
-    with torch.enable_grad():
-        columns, *hidden, theta = (t.detach().requires_grad_() for t in inputs)
-        y, ladj = u(columns.T, theta.T.unflatten(-1, (len(columns), -1)))
-        units = sum((net.activation(s.clone()).sum() for s in hidden), y.sum())
-        a, U, *slopes = torch.autograd.grad(units, [columns, theta, *hidden], retain_graph=True)
-        # a volume-preserving map has a constant ladj
-        parts = torch.autograd.grad(ladj.sum(), [columns, theta], materialize_grads=True)
+    slopes = [derivative(net.activation, s.detach()) for s in sums[:-1]]
     with torch.inference_mode():
-        rest = features_first(score) - parts[0]
-
-        def of_theta(value: Tensor) -> Tensor:
-            return (U.unflatten(0, (len(a), -1)) * (value / a).unsqueeze(1)).flatten(0, 1)
-
-        tau = of_theta(rest) + parts[1]
-        weights = [layer.weight for layer in layers]
-        slopes = [*slopes, -of_theta(torch.ones_like(a))]
-        mu, _ = _by_transposed_substitution(plan, tau, slopes, weights)
-        r = (rest - mu) / a
-    return y.detach().reshape(x.shape), r.clone().T.reshape(x.shape)
+        weights = [layer.weight * layer.mask for layer in cast("list[MaskedLinear]", net.layers)]
+        columns = [features_first(t.flatten(-2)) for t in (G, tau)]
+        mu = _TransposedRing.of(weights, net.skips, slopes, *columns).solve(net.groups)
+    return mu.clone().T.reshape(tau.shape[:-1])
 
 
 class Link(NamedTuple):
@@ -397,7 +385,10 @@ class _SolveTransposed(torch.autograd.Function):
         slope_v, *slopes = slopes_and_weights[:-count]
         weights = slopes_and_weights[-count:]
         with torch.inference_mode():
-            mu, theta_bar = _by_transposed_substitution(plan, tau, slopes, weights)
+            masked = [w * mask for w, mask in zip(weights, plan.masks, strict=True)]
+            ring = _TransposedRing.of(masked, plan.skips, slopes[:-1], slopes[-1], tau)
+            mu = ring.solve(plan.groups)
+            theta_bar = tau + ring.given_to_parameters(mu)
         return slope_v * mu, theta_bar.clone()
 
     @staticmethod
@@ -411,50 +402,127 @@ class _SolveTransposed(torch.autograd.Function):
         )
 
 
-def _by_transposed_substitution(
-    plan: _Plan, tau: Tensor, slopes: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+class _TransposedRing(NamedTuple):
     r"""The ring :math:`\bar\theta \to \bar s_L \to \dots \to \bar s_1 \to \mu \to \bar\theta`.
 
-    .. math:: \bar s_l = \sigma'(s_l) \odot W_{l+1}^\top \bar s_{l+1} \; [+ \bar s_{l+1}]
+    .. math::
+        \bar\theta = \tau + G^\top \mu, \qquad
+        \bar s_l = \sigma'(s_l) \odot W_{l+1}^\top \bar s_{l+1} \; [+ \bar s_{l+1}], \qquad
+        \mu = W_1^\top \bar s_1
 
-    The last group comes first, so everything is turned round.
+    The last group comes first. All of this is linear, so that a few groups can be solved at once.
+
+    Attributes:
+        weights: :math:`W_1` to :math:`W_{L+1}`, masked.
+        skips: Of each layer after the first.
+        slopes: :math:`\sigma'(s_l)` of each hidden layer; features first, as all that follows.
+        G: A number for each parameter, which belongs to one coordinate, ``(D P, N)``.
+        bars: :math:`\mu, \bar s_1, \dots, \bar s_L, \bar\theta`: at first what other groups have
+            brought (if none has, 0 and :math:`\tau`), then the values.
     """
-    groups = [Groups.of(groups.sizes[::-1]) for groups in plan.groups]
-    transposed = [
-        (weight.T.flip(0, 1), mask.T.flip(0, 1))
-        for weight, mask in zip(weights, plan.masks, strict=True)
-    ]
 
-    def turned(t: Tensor, groups: Groups) -> tuple[Tensor, ...]:
-        return t.flip(0).contiguous().split(groups.sizes)
+    weights: Sequence[Tensor]
+    skips: Sequence[bool]
+    slopes: Sequence[Tensor]
+    G: Tensor
+    bars: Sequence[Tensor]
 
-    *slopes, slope_theta = slopes
-    tau_of, theta_slope_of = turned(tau, groups[-1]), turned(slope_theta, groups[-1])
-    s_bar = tau
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[Tensor],
+        skips: Sequence[bool],
+        slopes: Sequence[Tensor],
+        G: Tensor,
+        tau: Tensor,
+    ) -> _TransposedRing:
+        """A ring of all groups, to be solved."""
+        bars = [tau.new_zeros(weight.shape[-1], tau.shape[-1]) for weight in weights]
+        return cls(weights, skips, slopes, G, [*bars, tau.clone()])
 
-    def parameters(i: int, mu: Tensor) -> Tensor:
-        nonlocal s_bar
-        s_bar = torch.addcmul(tau_of[i], theta_slope_of[i], mu)
-        return s_bar
+    def solve(self, groups: Sequence[Groups]) -> Tensor:
+        r"""Returns :math:`\mu`: by halves like :func:`substitute`, but the last group comes first.
 
-    def unit(slope: tuple[Tensor, ...], skip: bool) -> Callable[[int, Tensor], Tensor]:
-        def point(i: int, sums: Tensor) -> Tensor:
-            nonlocal s_bar
-            s_bar = torch.addcmul(s_bar, slope[i], sums) if skip else slope[i] * sums
-            return s_bar
+        Args:
+            groups: Of ``x``, each hidden layer and the parameters.
+        """
+        count_groups, (count_params, num_rows) = len(groups[0].sizes), self.G.shape
+        entries = max(count_params // count_groups * num_rows, 1)  # of the Jacobian of one group
+        leaf = min(max(math.isqrt(LEAF_ENTRIES // entries), 1), MOST_GROUPS_AT_ONCE)
+        if count_groups <= leaf:
+            self._find_mu()
+        else:
+            self._halve(groups, leaf, 0, count_groups)
+        return self.bars[0]
 
-        return point
+    def _halve(self, groups: Sequence[Groups], leaf: int, first: int, last: int) -> None:
+        if last - first <= leaf:
+            part = self._part([g.span(first, last) for g in groups])
+            part._find_mu()
+            if first:
+                part._spread_mu()
+            return
+        middle = (first + last) // 2
+        self._halve(groups, leaf, middle, last)
+        for k, weight in enumerate(self.weights):
+            rows, columns = groups[k + 1].span(middle, last), groups[k].span(first, middle)
+            self.bars[k][columns].addmm_(weight[rows, columns].T, self.bars[k + 1][rows])
+        self._halve(groups, leaf, first, middle)
 
-    mu = tau.new_zeros(groups[0].ends[-1], tau.shape[-1])
-    theta_bar = tau.new_zeros(tau.shape)
-    ring = [Link(*transposed[0], mu, theta_bar, groups[0], groups[-1], parameters)]
-    for k in reversed(range(1, len(weights))):
-        sums = tau.new_zeros(groups[k].ends[-1], tau.shape[-1])
-        point = unit(turned(slopes[k - 1], groups[k]), plan.skips[k - 1])
-        ring.append(Link(*transposed[k], sums, sums, groups[k], groups[k], point))
-    substitute(ring, plan.leaf, 0, len(mu))
-    return mu.flip(0), theta_bar.flip(0)
+    def _part(self, spans: Sequence[slice]) -> _TransposedRing:
+        """Some groups as a ring of their own."""
+        pairs = pairwise(spans)
+        return _TransposedRing(
+            [w[rows, columns] for w, (columns, rows) in zip(self.weights, pairs, strict=True)],
+            self.skips,
+            [slope[span] for slope, span in zip(self.slopes, spans[1:-1], strict=True)],
+            self.G[spans[-1]],
+            [bar[span] for bar, span in zip(self.bars, spans, strict=True)],
+        )
+
+    def given_to_parameters(self, mu: Tensor) -> Tensor:
+        r"""Returns :math:`G^\top \mu`, features first."""
+        return (self.G.unflatten(0, (len(mu), -1)) * mu.unsqueeze(1)).flatten(0, 1)
+
+    def _find_mu(self) -> None:
+        r"""By the Jacobian :math:`K = G N` of each row, a small triangular matrix.
+
+        First the network is given :math:`\tau`, then :math:`(I - K^\top) \mu` is what came back.
+        """
+        for k in reversed(range(len(self.weights))):
+            self.bars[k].addmm_(self.weights[k].T, self.bars[k + 1])
+            if k:
+                self.bars[k].mul_(self.slopes[k - 1])
+                if self.skips[k - 1]:
+                    self.bars[k].add_(self.bars[k + 1])
+        mu = self.bars[0]
+        if len(mu) > 1:
+            A, b = -self._jacobian().permute(2, 1, 0), mu.T.unsqueeze(-1)
+            solved = torch.linalg.solve_triangular(A, b, upper=True, unitriangular=True)
+            mu.copy_(solved.squeeze(-1).T)
+
+    def _jacobian(self) -> Tensor:
+        """K, shape ``(D, D, N)``."""
+        first, *rest = self.weights
+        dim, N = first.shape[-1], first.unsqueeze(-1)
+        for k, weight in enumerate(rest):
+            slope = self.slopes[k]
+            if k == 0 and slope.shape[-1] > len(weight):  # products of weights serve all rows
+                image = (weight.unsqueeze(1) * first.T).flatten(0, 1) @ slope
+            else:
+                image = weight @ (slope.unsqueeze(1) * N).flatten(1)
+            image = image.view(len(weight), dim, slope.shape[-1])
+            N = N + image if self.skips[k] else image
+        return (self.G.unsqueeze(1) * N).unflatten(0, (dim, -1)).sum(1)
+
+    def _spread_mu(self) -> None:
+        r"""Adds to :math:`\bar\theta` and :math:`\bar s_l` what :math:`\mu` is to them."""
+        delta = self.given_to_parameters(self.bars[0])
+        self.bars[-1].add_(delta)
+        for k in reversed(range(1, len(self.weights))):
+            image = self.slopes[k - 1] * (self.weights[k].T @ delta)
+            delta = delta + image if self.skips[k - 1] else image
+            self.bars[k].add_(delta)
 
 
 def _fold_vmap(

@@ -1,9 +1,9 @@
-"""When a gradient may be written by hand."""
+"""Small gradients, and when a gradient may be written by hand."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def by_hand() -> bool:
@@ -39,3 +39,32 @@ def final(*grads: Tensor) -> bool:
     if torch.is_grad_enabled() or not by_hand():
         return False
     return not any(map(torch._C._functorch.is_legacy_batchedtensor, grads))  # is_grads_batched
+
+
+def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Returns the gradients of the sum of ``value``, zero where it is constant; the graph is kept.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> gradients(x.square(), x), gradients(torch.zeros(2), x)
+        ((tensor([2., 2.]),), (tensor([0., 0.]),))
+    """
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(t) for t in inputs)
+    return torch.autograd.grad(value.sum(), inputs, retain_graph=True, materialize_grads=True)
+
+
+def derivative(activation: nn.Module, s: Tensor) -> Tensor:
+    r"""Returns :math:`\sigma'(s)` of an activation that acts on each number alone, without a graph.
+
+    Example:
+        >>> derivative(nn.ReLU(), torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 1.0]
+    """
+    if type(activation) is nn.SiLU:  # several times quicker than by autograd
+        return torch.ops.aten.silu_backward(torch.ones_like(s), s.detach())
+    if type(activation) is nn.ReLU:
+        return (s.detach() > 0).to(s)
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        return gradients(activation(s.clone()), s)[0]

@@ -52,10 +52,10 @@ class LowerAffine(FlowTransform):
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            L = self.scale_tril
-            return self.loc + x @ L.mT, _solve_rows(L.mT, score, upper=True)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        L = self.scale_tril
+        y, ladj = self.loc + x @ L.mT, self.log_diagonal.sum().expand(x.shape[:-1])
+        return y, ladj, _solve_rows(L.detach().mT, score, upper=True)
 
 
 class LowRankAffine(FlowTransform):
@@ -101,9 +101,21 @@ class LowRankAffine(FlowTransform):
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         Q, T, ladj = self._inner()
+        return self._image(x, Q, T), ladj.expand(x.shape[:-1])
+
+    def _image(self, x: Tensor, Q: Tensor, T: Tensor) -> Tensor:
         inside = x @ Q
-        y = self.loc + self.log_diagonal.exp() * (x + (inside @ T.mT - inside) @ Q.mT)
-        return y, ladj.expand(x.shape[:-1])
+        return self.loc + self.log_diagonal.exp() * (x + (inside @ T.mT - inside) @ Q.mT)
+
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        Q, T, ladj = self._inner()
+        y, ladj = self._image(x, Q, T), ladj.expand(x.shape[:-1])
+        with torch.no_grad():
+            inside = score @ Q
+            outside = (_solve_rows(T.mT, inside, upper=True) - inside) @ Q.mT
+            return y, ladj, (score + outside) * (-self.log_diagonal).exp()
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         Q, T, ladj = self._inner()
@@ -162,10 +174,11 @@ class FixedAffine(FlowTransform):
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._forward_and_ladj(x, context)
         if self.scale.dim() == 1:
-            return self.loc + self.scale * x, score / self.scale
-        return self.loc + x @ self.scale.mT, _solve_rows(self.scale.mT, score, upper=True)
+            return y, ladj, score / self.scale
+        return y, ladj, _solve_rows(self.scale.mT, score, upper=True)
 
 
 def _solve_rows(T: Tensor, rows: Tensor, *, upper: bool = False) -> Tensor:

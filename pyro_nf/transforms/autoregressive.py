@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.masked import MaskedNet
-from pyro_nf.nn.triangular import Map, push_score, solve
+from pyro_nf.nn.triangular import Map, solve, solve_transposed
 from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Affine
@@ -121,12 +121,31 @@ class Autoregressive(FlowTransform):
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""In the fast direction by one triangular solve.
+
+        With :math:`a = \partial u/\partial x`, :math:`U = \partial u/\partial\theta` and
+        :math:`N = \partial\theta/\partial x`, :math:`J = a + U N` is triangular, and the score
+        :math:`r` of ``y`` is what remains when the network has taken its part,
+
+        .. math::
+            a r = \nabla_x \log p(x) - \partial\ell/\partial x - \mu, \qquad
+            \mu = N^\top (U^\top r + \partial\ell/\partial\theta),
+
+        where :math:`\ell` is the ladj of :math:`u`.
+        """
         if self.fast == "inverse":
             return super()._push_score(x, score, context)
-        u = self.univariate.forward_and_ladj
-        y, score = push_score(self.net, u, self._sorted(x), self._sorted(score), context)
-        return self._unsorted(y), self._unsorted(score)
+        v = in_columns(self._sorted(x))
+        sums = self.net.sums(v, context)
+        params = sums[-1].T.reshape(*v.shape, self.univariate.num_params)
+        y, ladj = self.univariate.forward_and_ladj(v, params)
+        with torch.no_grad():
+            x_y, x_params, ladj_x, ladj_params = self.univariate.slopes(v, params)
+            rest = in_columns(self._sorted(score)) - ladj_x
+            tau = torch.addcmul(ladj_params, x_params, rest.unsqueeze(-1), value=-1)
+            r = (rest - solve_transposed(self.net, sums, x_params, tau)) * x_y
+        return self._unsorted(y), ladj.sum(-1), self._unsorted(r)
 
     def _sorted(self, value: Tensor) -> Tensor:
         v = value if self.order is None else value.index_select(-1, self.order)

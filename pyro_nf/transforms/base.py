@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import independent
 
 from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
+from pyro_nf.ops.gradients import gradients
 
 # Above this many dimensions a slow but exact inverse costs less than a Jacobian.
 _MAX_JACOBIAN_DIM = 32
@@ -115,8 +116,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        r"""Carries points and the slopes of their log density from the base side to the data side.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Maps base to data, and carries the slopes of a log density along.
 
         .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log|\det J|)
 
@@ -126,7 +127,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
             context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
 
         Returns:
-            ``y`` and :math:`\nabla_y \log q(y)`, each of shape ``(..., D)``, without a graph.
+            ``y`` and the ladj as of :meth:`forward_and_ladj`, and :math:`\nabla_y \log q(y)` of
+            shape ``(..., D)``, without a graph.
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
@@ -136,37 +138,43 @@ class FlowTransform(TransformModule, ConditionalTransform):
             >>> import torch
             >>> from pyro_nf.transforms.affine import FixedAffine
             >>> double = FixedAffine(torch.zeros(2), torch.full((2,), 2.0))
-            >>> y, score = double.push_score(torch.ones(2), -torch.ones(2))
+            >>> y, _, score = double.push_score(torch.ones(2), -torch.ones(2))
             >>> y.tolist(), score.tolist()
             ([2.0, 2.0], [-0.5, -0.5])
         """
-        x = self._expand("x", x.detach(), context, self.domain)
+        recorded = torch.is_grad_enabled()
+        x = self._expand("x", x if recorded else x.detach(), context, self.domain)
         score = self._expand("score", score.detach(), context, self.domain)
-        return self._push_score(x, score, context)
+        y, ladj, score = self._push_score(x, score, context)
+        if not recorded:
+            y, ladj = y.detach(), ladj.detach()
+        return y.contiguous(), ladj, score
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """By autograd: through the inverse if that is the cheaper way, else by the Jacobian."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """By autograd: through the inverse if that is the cheaper way, else by the Jacobian.
+
+        Whatever the grad mode, ``y`` and the ladj may have a graph.
+        """
         cheap = self.fast in ("inverse", "both") or x.shape[-1] > _MAX_JACOBIAN_DIM
         if cheap and self.inverse_kind == "exact":
-            with torch.no_grad():
-                y = self._forward_and_ladj(x, context)[0]
+            y, ladj = self._forward_and_ladj(x, context)
             with torch.enable_grad():
-                y.requires_grad_()
-                x, ladj = self._inverse_and_ladj(y, context)
-                total = (x * score).sum() + ladj.sum()
-                return y.detach(), torch.autograd.grad(total, y)[0]
+                leaf = y.detach().requires_grad_()
+                back, inverse_ladj = self._inverse_and_ladj(leaf, context)
+                total = (back * score).sum() + inverse_ladj.sum()
+                return y, ladj, torch.autograd.grad(total, leaf)[0]
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = x if x.requires_grad else x.detach().requires_grad_()
             y, ladj = self._forward_and_ladj(x, context)
             rows = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
             each = rows.reshape(-1, *(1,) * (y.dim() - 1), y.shape[-1]).expand(-1, *y.shape)
             (J_T,) = torch.autograd.grad(y, x, each, retain_graph=True, is_grads_batched=True)
-            (slope,) = torch.autograd.grad(ladj.sum(), x, materialize_grads=True)
+            (slope,) = gradients(ladj, x)
         J_T = J_T.movedim(0, -1)
         pushed, failed = torch.linalg.solve_ex(J_T, (score - slope).unsqueeze(-1))
-        return y.detach(), torch.where(failed.unsqueeze(-1) != 0, torch.nan, pushed.squeeze(-1))
+        return y, ladj, torch.where(failed.unsqueeze(-1) != 0, torch.nan, pushed.squeeze(-1))
 
     def _expand(
         self, name: str, value: Tensor, context: Tensor | None, space: constraints.Constraint
@@ -296,7 +304,7 @@ class Conditioned(FlowTransform):
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.push_score(x, score, self.context)
 
 
@@ -356,10 +364,12 @@ class Chain(FlowTransform):
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ladjs = []
         for part in self._parts():
-            x, score = part._push_score(x, score, context if part.context_dim else None)
-        return x, score
+            x, ladj, score = part._push_score(x, score, context if part.context_dim else None)
+            ladjs.append(ladj)
+        return x, reduce(add, ladjs), score
 
     def _parts(self) -> list[FlowTransform]:
         return cast("list[FlowTransform]", list(self.parts))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pyro_nf.nn.mlp import Constant
+from pyro_nf.ops.gradients import gradients
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate import fixed
 from pyro_nf.univariate.base import UnivariateMap
@@ -66,6 +68,15 @@ class Elementwise(FlowTransform):
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ladj = self.univariate.inverse_and_ladj(y, self._params(y, context))
         return x, ladj.sum(-1)
+
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            y, ladj = self.univariate.forward_and_ladj(x, self._params(x, context))
+            (slope,) = gradients(ladj, x)
+        return y, ladj.sum(-1), (score - slope) * (-ladj.detach()).exp()
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
         params: Tensor = self.net(None, context)

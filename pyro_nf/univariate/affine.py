@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_nf._checks import check_positive
 from pyro_nf.ops.gradients import by_hand, final
-from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.base import Slopes, UnivariateMap
 
 
 class Additive(UnivariateMap):
@@ -74,6 +74,18 @@ class Affine(UnivariateMap):
             return _Forward.apply(x, params, self.max_log_scale)
         t, s = self._shift_and_log_scale(params)
         return torch.addcmul(t, x, s.exp()), s
+
+    def slopes(self, x: Tensor, params: Tensor) -> Slopes:
+        with torch.no_grad():
+            _, s = self._shift_and_log_scale(params)
+            x_y, free = (-s).exp(), (s.abs() < self.max_log_scale).to(s)  # 0 where it is clamped
+            # x = (y - t) e^(-s), as parameters lie in memory
+            x_params, ladj_params = torch.empty_like(params), torch.zeros_like(params)
+            x_t, x_s = x_params.unbind(-1)
+            torch.neg(x_y, out=x_t)
+            torch.mul(x, free, out=x_s).neg_()
+            ladj_params.select(-1, 1).copy_(free)
+            return Slopes(x_y, x_params, torch.zeros_like(x), ladj_params)
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         if _by_hand(y, params):

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributions import constraints
+
+from pyro_nf.ops.gradients import gradients
+
+
+class Slopes(NamedTuple):
+    """Derivatives of a univariate map, of ``x`` and the ladj of the forward direction.
+
+    Attributes:
+        x_y: Of ``x`` by ``y``, ``(..., D)``.
+        x_params: Of ``x`` by the parameters where ``y`` is kept, ``(..., D, num_params)``.
+        ladj_x: Of the ladj by ``x``, ``(..., D)``.
+        ladj_params: Of the ladj by the parameters, ``(..., D, num_params)``.
+    """
+
+    x_y: Tensor
+    x_params: Tensor
+    ladj_x: Tensor
+    ladj_params: Tensor
 
 
 class UnivariateMap(ABC):
@@ -38,6 +58,15 @@ class UnivariateMap(ABC):
     @abstractmethod
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` with ``u(x) = y`` and ``log|dx/dy|``, both ``(..., D)``."""
+
+    def slopes(self, x: Tensor, params: Tensor) -> Slopes:
+        """Derivatives of ``forward_and_ladj``, without a graph: by autograd, unless overridden."""
+        with torch.enable_grad():
+            x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+            y, ladj = self.forward_and_ladj(x, params)
+            (y_params,), (ladj_x, ladj_params) = gradients(y, params), gradients(ladj, x, params)
+        x_y = (-ladj.detach()).exp()
+        return Slopes(x_y, -y_params * x_y.unsqueeze(-1), ladj_x, ladj_params)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in sorted(vars(self).items()) if k[0] != "_")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyro_nf._checks import check_positive
 from pyro_nf.univariate.base import UnivariateMap
@@ -52,20 +49,15 @@ class SinhArcsinh(UnivariateMap):
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         eps, s = self._skew_and_log_tail(params)
-        z = eps + s.exp() * torch.asinh(x)
-        return torch.sinh(z), s + _log_cosh(z) - 0.5 * _log_one_plus_square(x)
+        y = torch.sinh(eps + s.exp() * torch.asinh(x))
+        return y, s + _log_cosh_asinh(y) - _log_cosh_asinh(x)
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         eps, s = self._skew_and_log_tail(params)
-        z = (-s).exp() * (torch.asinh(y) - eps)
-        return torch.sinh(z), _log_cosh(z) - s - 0.5 * _log_one_plus_square(y)
+        x = torch.sinh((-s).exp() * (torch.asinh(y) - eps))
+        return x, _log_cosh_asinh(x) - s - _log_cosh_asinh(y)
 
 
-def _log_cosh(z: Tensor) -> Tensor:
-    """log cosh z = |z| + log(1 + e^(-2|z|)) - log 2, which does not overflow."""
-    return z.abs() + F.softplus(-2 * z.abs()) - math.log(2.0)
-
-
-def _log_one_plus_square(x: Tensor) -> Tensor:
-    """log(1 + x^2) = 2 log cosh(asinh x), which does not overflow."""
-    return 2 * _log_cosh(torch.asinh(x))
+def _log_cosh_asinh(x: Tensor) -> Tensor:
+    """log cosh asinh x = log(1 + x^2) / 2, without the square, which overflows."""
+    return torch.hypot(x, x.new_ones(())).log()

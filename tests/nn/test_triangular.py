@@ -8,7 +8,7 @@ from torch import nn
 
 from pyro_nf.nn import triangular
 from pyro_nf.nn.masked import MaskedNet
-from pyro_nf.nn.triangular import solve
+from pyro_nf.nn.triangular import solve, solve_transposed
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
 from pyro_nf.univariate.spline import RationalQuadratic
@@ -161,6 +161,26 @@ def test_gradient_equals_autograd_through_plain_passes(input_dim, kind, name):
             )
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("entries", [1, 100, 10**6])  # leaves of one group, of some, of all
+@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("input_dim", [1, 5, 21])
+def test_transposed_solve_equals_a_dense_one(input_dim, kind, entries, monkeypatch):
+    monkeypatch.setattr(triangular, "LEAF_ENTRIES", entries)
+    num_params = 3
+    net = random_net(input_dim, num_params, 2, **NETS[kind])
+    for batch_shape in ((), (0,), (2, 1), (70,)):  # fewer rows than parameters, and more
+        x, context = torch.randn(*batch_shape, input_dim), torch.randn(*batch_shape, 2)
+        x, context = x.double().requires_grad_(), context.double()
+        G, tau = torch.randn(2, *batch_shape, input_dim, num_params).double()
+        sums = net.sums(x, context)
+        found = solve_transposed(net, sums, G, tau)
+        assert not found.requires_grad and not found.is_inference()
+        theta_bar = tau + G * found.unsqueeze(-1)
+        theta = sums[-1].T.reshape(theta_bar.shape)
+        (wanted,) = torch.autograd.grad(theta, x, theta_bar)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
