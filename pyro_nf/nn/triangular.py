@@ -482,7 +482,7 @@ class _TransposedRing(NamedTuple):
 
     def given_to_parameters(self, mu: Tensor) -> Tensor:
         r"""Returns :math:`G^\top \mu`, features first."""
-        return (self.G.unflatten(0, (len(mu), -1)) * mu.unsqueeze(1)).flatten(0, 1)
+        return (self.G.unflatten(0, (len(mu), -1)) * mu.unsqueeze(1)).reshape(self.G.shape)
 
     def _find_mu(self) -> None:
         r"""By the Jacobian :math:`K = G N` of each row, a small triangular matrix.

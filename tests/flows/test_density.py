@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 
 from pyro_nf import flows, transforms
+from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.flows.student import StudentT
 from pyro_nf.testing import randomize
 from tests.cases import CONTEXT_DIM, RECIPES
 
@@ -87,3 +90,17 @@ def test_softsign_after_a_wide_normal_has_two_humps() -> None:
     assert turns[1].abs() < 2e-3
     torch.testing.assert_close(turns[0], -turns[2], atol=2e-3, rtol=0)
     assert float(torch.trapezoid(log_prob.exp(), y[:, 0])) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [DiagonalNormal(3, loc=0.5, scale=2.0), GaussianMixture(3, 2), StudentT(3)],
+    ids=lambda base: type(base).__name__,
+)
+def test_the_score_of_a_base_is_the_slope_of_its_log_density(base: Base) -> None:
+    base, x = randomize(base).double(), torch.randn(4, 5, 3).double().requires_grad_()
+    log_prob, score = base.log_prob_and_score(x)
+    assert not (log_prob.requires_grad or score.requires_grad)
+    wanted = base().log_prob(x)
+    torch.testing.assert_close(log_prob, wanted)
+    torch.testing.assert_close(score, torch.autograd.grad(wanted.sum(), x)[0])

@@ -9,6 +9,7 @@ from torch import nn
 from pyro_nf.nn import triangular
 from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import solve, solve_transposed
+from pyro_nf.ops.gradients import derivative
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
 from pyro_nf.univariate.spline import RationalQuadratic
@@ -163,6 +164,19 @@ def test_gradient_equals_autograd_through_plain_passes(input_dim, kind, name):
                 torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.ELU()], ids=repr
+)
+def test_derivative_of_an_activation(activation):
+    s = torch.randn(100).double().requires_grad_()
+    before = s.detach().clone()
+    (wanted,) = torch.autograd.grad(activation(s.clone()).sum(), s)
+    found = derivative(activation, s)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(s, before)
+
+
 @pytest.mark.parametrize("entries", [1, 100, 10**6])  # leaves of one group, of some, of all
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("input_dim", [1, 5, 21])
@@ -262,3 +276,15 @@ def test_vmap_over_weights_raises():
 
     with pytest.raises(NotImplementedError, match="vmapped over its weights"):
         torch.func.vmap(run)(stacked)
+
+
+@pytest.mark.parametrize("input_dim", [5, 40])
+def test_many_gradients_at_once(input_dim):
+    net = random_net(input_dim, 2, hidden_dims=(24, 16))
+    v = torch.randn(7, input_dim).double().requires_grad_()
+    z, _ = solve(net, Affine().inverse_and_ladj, v, None)
+    grads = torch.randn(3, 7, input_dim).double()
+    (found,) = torch.autograd.grad(z, v, grads, retain_graph=True, is_grads_batched=True)
+    for got, grad in zip(found, grads, strict=True):
+        (wanted,) = torch.autograd.grad(z, v, grad, retain_graph=True)
+        torch.testing.assert_close(got, wanted)

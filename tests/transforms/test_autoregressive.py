@@ -11,8 +11,11 @@ from pyro_nf.transforms.autoregressive import (
     affine_autoregressive,
     spline_autoregressive,
 )
-from pyro_nf.univariate.affine import Affine
+from pyro_nf.transforms.elementwise import Elementwise
+from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
+from pyro_nf.univariate.spline import RationalQuadratic
 
 ORDERS = {
     "natural": ({}, [0, 1, 2, 3, 4]),
@@ -167,6 +170,21 @@ def test_factories_start_at_the_identity():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Autoregressive(Affine(), 5, **options)
+
+
+@pytest.mark.parametrize(
+    "univariate",
+    [Additive(), Affine(0.2), SinhArcsinh(), RationalQuadratic(5, 1.5), Cubic()],
+    ids=repr,
+)
+def test_every_map_pushes_scores(univariate: UnivariateMap) -> None:
+    for transform in (
+        make(univariate, fast="forward"),
+        make(univariate, context_dim=2, fast="forward", residual=True, activation=nn.Tanh),
+        make(univariate, fast="inverse"),
+        randomize(Elementwise(univariate, 5, 2)).double(),
+    ):
+        scores_are_pushed(transform)
 
 
 @pytest.mark.parametrize("input_dim", [5, 40])  # by the Jacobian, by the slow inverse
