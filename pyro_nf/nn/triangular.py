@@ -34,9 +34,9 @@ arrives, the network must be given :math:`\bar\theta` and ``v`` in addition :mat
     \bar v = (\partial g/\partial v)^\top \mu.
 
 :math:`N^\top` is a chain of transposed weights and slopes of activations, so this is such a ring
-again, and read backwards it is block lower triangular. As all of it is linear, a leaf of the
-halving is solved at once, by its Jacobian. The path gradient is the same task
-(:func:`solve_transposed`).
+again, and read backwards it is block lower triangular: :func:`substitute` solves it too. And as all
+of it is linear, groups can be solved many at once, by the triangular Jacobian of each row, which
+is what few rows are best at. The path gradient is the same task (:func:`solve_transposed`).
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ LEAF_UNITS, FEWEST_GROUPS, MOST_GROUPS = 32, 4, 16
 FEW_ROWS = 4
 WEIGHTS_PER_GROUP = 60_000
 
-# Backwards, leaves are solved at once, by Jacobians of about LEAF_ENTRIES entries in all.
-LEAF_ENTRIES, MOST_GROUPS_AT_ONCE = 2**15, 25
+# Backwards, groups can be solved many at once by Jacobians, which together have at most
+# JACOBIAN_ENTRIES entries. That saves calls and costs operations: it pays for many groups only.
+JACOBIAN_ENTRIES = 2**15
+FEWEST_JACOBIAN_GROUPS, MOST_JACOBIAN_GROUPS = 9, 25
 
 #: One direction of a univariate map: of values ``(..., D)`` and parameters ``(..., D, P)`` it makes
 #: images and ladjs, both ``(..., D)``.
@@ -144,11 +146,13 @@ def solve_transposed(net: MaskedNet, sums: Sequence[Tensor], G: Tensor, tau: Ten
         >>> solve_transposed(net, net.sums(torch.zeros(3)), G, tau).tolist()
         [3.0, 1.0, 0.0]
     """
+    layers = cast("list[MaskedLinear]", list(net.layers))
+    weights, masks = [layer.weight for layer in layers], [layer.mask for layer in layers]
     slopes = [derivative(net.activation, s.detach()) for s in sums[:-1]]
     with torch.inference_mode():
-        weights = [layer.weight * layer.mask for layer in cast("list[MaskedLinear]", net.layers)]
         columns = [features_first(t.flatten(-2)) for t in (G, tau)]
-        mu = _TransposedRing.of(weights, net.skips, slopes, *columns).solve(net.groups)
+        slopes.append(columns[0])
+        mu = _solve_transposed(net.groups, net.skips, masks, weights, slopes, columns[1])
     return mu.clone().T.reshape(tau.shape[:-1])
 
 
@@ -231,12 +235,12 @@ class _Plan(NamedTuple):
     masks: list[Tensor]
     groups: list[Groups]
 
-    @property
-    def leaf(self) -> int:
-        """How many groups make a leaf of the substitution."""
-        widest = max((groups.ends[-1] for groups in self.groups[1:-1]), default=1)
-        count = LEAF_UNITS * len(self.groups[0].sizes) // widest
-        return min(max(count, FEWEST_GROUPS), MOST_GROUPS)
+
+def _leaf(groups: Sequence[Groups]) -> int:
+    """How many groups make a leaf of the substitution."""
+    widest = max((g.ends[-1] for g in groups[1:-1]), default=1)
+    count = LEAF_UNITS * len(groups[0].sizes) // widest
+    return min(max(count, FEWEST_GROUPS), MOST_GROUPS)
 
 
 class _Solve(torch.autograd.Function):
@@ -336,7 +340,7 @@ def _by_substitution(
         for k in range(len(values))
     ]
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, groups[-1], z_groups, output))
-    substitute(ring, plan.leaf, 0, len(z))
+    substitute(ring, _leaf(plan.groups), 0, len(z))
 
 
 def _with_implicit_gradient(
@@ -385,10 +389,8 @@ class _SolveTransposed(torch.autograd.Function):
         slope_v, *slopes = slopes_and_weights[:-count]
         weights = slopes_and_weights[-count:]
         with torch.inference_mode():
-            masked = [w * mask for w, mask in zip(weights, plan.masks, strict=True)]
-            ring = _TransposedRing.of(masked, plan.skips, slopes[:-1], slopes[-1], tau)
-            mu = ring.solve(plan.groups)
-            theta_bar = tau + ring.given_to_parameters(mu)
+            mu = _solve_transposed(plan.groups, plan.skips, plan.masks, weights, slopes, tau)
+            theta_bar = tau + _given_to_parameters(slopes[-1], mu)
         return slope_v * mu, theta_bar.clone()
 
     @staticmethod
@@ -402,6 +404,44 @@ class _SolveTransposed(torch.autograd.Function):
         )
 
 
+def _solve_transposed(
+    groups: Sequence[Groups],
+    skips: Sequence[bool],
+    masks: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    tau: Tensor,
+) -> Tensor:
+    r"""Returns the :math:`\mu` of the transposed ring: by Jacobians if there are few rows.
+
+    Args:
+        groups: Of ``x``, each hidden layer and the parameters.
+        skips: Of each layer after the first.
+        masks: Of :math:`W_1` to :math:`W_{L+1}`.
+        weights: Those.
+        slopes: :math:`\sigma'(s_l)` of each hidden layer, and :math:`G`; features first.
+        tau: Features first.
+    """
+    count_groups, (count_params, count_rows) = len(groups[0].sizes), tau.shape
+    entries = max(count_params // count_groups * count_rows, 1)  # of the Jacobian of one group
+    leaf = min(math.isqrt(JACOBIAN_ENTRIES // entries), MOST_JACOBIAN_GROUPS)
+    if leaf < FEWEST_JACOBIAN_GROUPS:
+        return _by_transposed_substitution(groups, skips, masks, weights, slopes, tau)
+    masked = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+    bars = [tau.new_zeros(weight.shape[-1], count_rows) for weight in weights]
+    ring = _TransposedRing(masked, skips, slopes[:-1], slopes[-1], [*bars, tau.clone()])
+    if count_groups <= leaf:
+        ring.find_mu()
+    else:
+        ring.halve(groups, leaf, 0, count_groups)
+    return ring.bars[0]
+
+
+def _given_to_parameters(G: Tensor, mu: Tensor) -> Tensor:
+    r"""Returns :math:`G^\top \mu`, features first."""
+    return (G.unflatten(0, (len(mu), -1)) * mu.unsqueeze(1)).reshape(G.shape)
+
+
 class _TransposedRing(NamedTuple):
     r"""The ring :math:`\bar\theta \to \bar s_L \to \dots \to \bar s_1 \to \mu \to \bar\theta`.
 
@@ -410,7 +450,7 @@ class _TransposedRing(NamedTuple):
         \bar s_l = \sigma'(s_l) \odot W_{l+1}^\top \bar s_{l+1} \; [+ \bar s_{l+1}], \qquad
         \mu = W_1^\top \bar s_1
 
-    The last group comes first. All of this is linear, so that a few groups can be solved at once.
+    The last group comes first. All of this is linear, so that many groups can be solved at once.
 
     Attributes:
         weights: :math:`W_1` to :math:`W_{L+1}`, masked.
@@ -427,47 +467,20 @@ class _TransposedRing(NamedTuple):
     G: Tensor
     bars: Sequence[Tensor]
 
-    @classmethod
-    def of(
-        cls,
-        weights: Sequence[Tensor],
-        skips: Sequence[bool],
-        slopes: Sequence[Tensor],
-        G: Tensor,
-        tau: Tensor,
-    ) -> _TransposedRing:
-        """A ring of all groups, to be solved."""
-        bars = [tau.new_zeros(weight.shape[-1], tau.shape[-1]) for weight in weights]
-        return cls(weights, skips, slopes, G, [*bars, tau.clone()])
-
-    def solve(self, groups: Sequence[Groups]) -> Tensor:
-        r"""Returns :math:`\mu`: by halves like :func:`substitute`, but the last group comes first.
-
-        Args:
-            groups: Of ``x``, each hidden layer and the parameters.
-        """
-        count_groups, (count_params, num_rows) = len(groups[0].sizes), self.G.shape
-        entries = max(count_params // count_groups * num_rows, 1)  # of the Jacobian of one group
-        leaf = min(max(math.isqrt(LEAF_ENTRIES // entries), 1), MOST_GROUPS_AT_ONCE)
-        if count_groups <= leaf:
-            self._find_mu()
-        else:
-            self._halve(groups, leaf, 0, count_groups)
-        return self.bars[0]
-
-    def _halve(self, groups: Sequence[Groups], leaf: int, first: int, last: int) -> None:
+    def halve(self, groups: Sequence[Groups], leaf: int, first: int, last: int) -> None:
+        """Solves like :func:`substitute`, but the last group comes first."""
         if last - first <= leaf:
             part = self._part([g.span(first, last) for g in groups])
-            part._find_mu()
+            part.find_mu()
             if first:
-                part._spread_mu()
+                part.spread_mu()
             return
         middle = (first + last) // 2
-        self._halve(groups, leaf, middle, last)
+        self.halve(groups, leaf, middle, last)
         for k, weight in enumerate(self.weights):
             rows, columns = groups[k + 1].span(middle, last), groups[k].span(first, middle)
             self.bars[k][columns].addmm_(weight[rows, columns].T, self.bars[k + 1][rows])
-        self._halve(groups, leaf, first, middle)
+        self.halve(groups, leaf, first, middle)
 
     def _part(self, spans: Sequence[slice]) -> _TransposedRing:
         """Some groups as a ring of their own."""
@@ -480,11 +493,7 @@ class _TransposedRing(NamedTuple):
             [bar[span] for bar, span in zip(self.bars, spans, strict=True)],
         )
 
-    def given_to_parameters(self, mu: Tensor) -> Tensor:
-        r"""Returns :math:`G^\top \mu`, features first."""
-        return (self.G.unflatten(0, (len(mu), -1)) * mu.unsqueeze(1)).reshape(self.G.shape)
-
-    def _find_mu(self) -> None:
+    def find_mu(self) -> None:
         r"""By the Jacobian :math:`K = G N` of each row, a small triangular matrix.
 
         First the network is given :math:`\tau`, then :math:`(I - K^\top) \mu` is what came back.
@@ -515,14 +524,60 @@ class _TransposedRing(NamedTuple):
             N = N + image if self.skips[k] else image
         return (self.G.unsqueeze(1) * N).unflatten(0, (dim, -1)).sum(1)
 
-    def _spread_mu(self) -> None:
+    def spread_mu(self) -> None:
         r"""Adds to :math:`\bar\theta` and :math:`\bar s_l` what :math:`\mu` is to them."""
-        delta = self.given_to_parameters(self.bars[0])
+        delta = _given_to_parameters(self.G, self.bars[0])
         self.bars[-1].add_(delta)
         for k in reversed(range(1, len(self.weights))):
             image = self.slopes[k - 1] * (self.weights[k].T @ delta)
             delta = delta + image if self.skips[k - 1] else image
             self.bars[k].add_(delta)
+
+
+def _by_transposed_substitution(
+    groups: Sequence[Groups],
+    skips: Sequence[bool],
+    masks: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    tau: Tensor,
+) -> Tensor:
+    r"""Group by group: the last one comes first, so everything is turned round."""
+    groups = [Groups.of(g.sizes[::-1]) for g in groups]
+    transposed = [
+        (weight.T.flip(0, 1), mask.T.flip(0, 1))
+        for weight, mask in zip(weights, masks, strict=True)
+    ]
+
+    def turned(t: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+        return t.flip(0).contiguous().split(groups.sizes)
+
+    *slopes, G = slopes
+    tau_of, G_of = turned(tau, groups[-1]), turned(G, groups[-1])
+    s_bar = tau
+
+    def parameters(i: int, mu: Tensor) -> Tensor:
+        nonlocal s_bar
+        s_bar = torch.addcmul(tau_of[i], G_of[i], mu)
+        return s_bar
+
+    def unit(slope: tuple[Tensor, ...], skip: bool) -> Callable[[int, Tensor], Tensor]:
+        def point(i: int, sums: Tensor) -> Tensor:
+            nonlocal s_bar
+            s_bar = torch.addcmul(s_bar, slope[i], sums) if skip else slope[i] * sums
+            return s_bar
+
+        return point
+
+    mu = tau.new_zeros(groups[0].ends[-1], tau.shape[-1])
+    theta_bar = tau.new_zeros(tau.shape)
+    ring = [Link(*transposed[0], mu, theta_bar, groups[0], groups[-1], parameters)]
+    for k in reversed(range(1, len(weights))):
+        sums = tau.new_zeros(groups[k].ends[-1], tau.shape[-1])
+        point = unit(turned(slopes[k - 1], groups[k]), skips[k - 1])
+        ring.append(Link(*transposed[k], sums, sums, groups[k], groups[k], point))
+    substitute(ring, _leaf(groups), 0, len(mu))
+    return mu.flip(0)
 
 
 def _fold_vmap(

@@ -177,11 +177,13 @@ def test_derivative_of_an_activation(activation):
     assert torch.equal(s, before)
 
 
-@pytest.mark.parametrize("entries", [1, 100, 10**6])  # leaves of one group, of some, of all
+@pytest.mark.parametrize("entries", [1, 100, 10**6])  # no Jacobians, of some groups, of all
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("input_dim", [1, 5, 21])
 def test_transposed_solve_equals_a_dense_one(input_dim, kind, entries, monkeypatch):
-    monkeypatch.setattr(triangular, "LEAF_ENTRIES", entries)
+    monkeypatch.setattr(triangular, "JACOBIAN_ENTRIES", entries)
+    if entries == 100:
+        monkeypatch.setattr(triangular, "FEWEST_JACOBIAN_GROUPS", 1)
     num_params = 3
     net = random_net(input_dim, num_params, 2, **NETS[kind])
     for batch_shape in ((), (0,), (2, 1), (70,)):  # fewer rows than parameters, and more
