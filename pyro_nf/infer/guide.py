@@ -177,7 +177,8 @@ class AutoFlow(AutoContinuous):
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
             self._refuse_moving_supports(args, kwargs)
             self.flow = self._make_flow()
-            self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
+            with poutine.block():  # the call that sets up makes its own
+                self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
         except Exception:
             self.prototype_trace = None  # a failed set-up is no set-up
             raise

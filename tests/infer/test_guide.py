@@ -398,6 +398,15 @@ def test_plates_of_latents() -> None:
 
     guide = check_guide(lambda: AutoFlow(model, small), model)
     assert guide()["x"].shape == (2, 3)
+
+
+def test_svi_without_setup_takes_latents_in_a_plate() -> None:
+    def model() -> None:
+        with pyro.plate("a", 3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3))
+
+    steps(model, AutoFlow(model, small), Trace_ELBO())
     assert guide()["p"].shape == (2, 3, 3)
     steps(model, guide, Trace_ELBO(num_particles=3, vectorize_particles=True))
 
