@@ -82,11 +82,11 @@ class AutoFlow(AutoContinuous):
     ``f`` is the flow, starting at the identity; ``m`` and ``L`` are learnt; :math:`m_0` and
     :math:`L_0` are the coordinates that learning happens in, so that one learning rate suits
     posteriors of any location and scale. At the start :math:`m_0` is the point of ``init_loc_fn``
-    and :math:`L_0` is ``init_scale`` times the identity, where ``AutoDiagonalNormal`` starts too;
-    ``start_at`` puts them elsewhere. With ``count_components`` above 1 the base is a learnable
-    Gaussian mixture instead of :math:`N(0, I)`, for posteriors in separate pieces. Above some
-    hundreds of dimensions ``L`` has low rank plus a diagonal and :math:`L_0` is a diagonal. After
-    :meth:`recentre` the last map of all places hierarchical sites by their priors.
+    and :math:`L_0` is ``init_scale`` times the identity; ``start_at`` puts them elsewhere. With
+    ``count_components`` above 1 the base is a learnable Gaussian mixture instead of
+    :math:`N(0, I)`, for posteriors in separate pieces. Above some hundreds of dimensions ``L`` has
+    low rank plus a diagonal and :math:`L_0` is a diagonal. After :meth:`recentre` the last map of
+    all places hierarchical sites by their priors.
 
     It works wherever an ``AutoContinuous`` does: ``SVI``, ``Predictive``, ``NeuTraReparam``; and
     takes flat priors (``ImproperUniform``). Parameters exist after :meth:`setup` with the model's
@@ -100,7 +100,9 @@ class AutoFlow(AutoContinuous):
             factory of :mod:`pyro_nf.transforms`, any callable that returns a Flow or a
             FlowTransform, or "auto" for :func:`auto_flow`.
         init_loc_fn: One of Pyro's ``init_to_*`` functions.
-        init_scale: Standard deviation of each unconstrained coordinate at the start.
+        init_scale: Standard deviation of each unconstrained coordinate at the start, and the unit
+            that learning goes by. Far below that of the posterior the flow must stretch so much
+            that plain ``SVI`` with few particles may diverge.
         count_components: Components of the base. Draws of more than one carry no gradient, so such
             a guide is for :func:`~pyro_nf.infer.fit.fit_svi`, not for plain ``SVI``.
 
@@ -129,7 +131,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowFactory | str = "auto",
         *,
         init_loc_fn: InitLocFn = init_to_median,
-        init_scale: float = 0.1,
+        init_scale: float = 0.5,
         count_components: int = 1,
     ) -> None:
         check_positive("AutoFlow", "init_scale", init_scale)

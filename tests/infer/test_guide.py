@@ -341,7 +341,7 @@ def test_one_coordinate() -> None:
     def model() -> None:
         pyro.sample("x", dist.Gamma(3.0, 2.0))
 
-    guide = check_guide(lambda: AutoFlow(model), model)
+    guide = check_guide(lambda: AutoFlow(model, init_scale=0.1), model)
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0)
     steps(model, guide, elbo, count=200)
     # one coordinate gets splines: the skew of log x is learnt, which no Gaussian has
@@ -398,6 +398,8 @@ def test_plates_of_latents() -> None:
 
     guide = check_guide(lambda: AutoFlow(model, small), model)
     assert guide()["x"].shape == (2, 3)
+    assert guide()["p"].shape == (2, 3, 3)
+    steps(model, guide, Trace_ELBO(num_particles=3, vectorize_particles=True))
 
 
 def test_svi_without_setup_takes_latents_in_a_plate() -> None:
@@ -407,8 +409,22 @@ def test_svi_without_setup_takes_latents_in_a_plate() -> None:
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(3))
 
     steps(model, AutoFlow(model, small), Trace_ELBO())
-    assert guide()["p"].shape == (2, 3, 3)
-    steps(model, guide, Trace_ELBO(num_particles=3, vectorize_particles=True))
+
+
+@pytest.mark.parametrize("lr", [0.001, 0.003])
+@pytest.mark.parametrize("seed", range(3))
+def test_svi_with_one_particle_stays_finite(lr: float, seed: int) -> None:
+    y = torch.tensor([1.0, 2.0, 3.0, 2.5])
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        sd = pyro.sample("sd", dist.HalfNormal(2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+    pyro.set_rng_seed(seed)
+    losses = steps(model, AutoFlow(model), Trace_ELBO(), count=400, lr=lr)
+    assert sum(losses[-100:]) / 100 < 10.0  # the best is 7.8; a fit that diverges has thousands
 
 
 def test_float64() -> None:
