@@ -212,6 +212,8 @@ def judge(
     failed = float((~weights.raw.isfinite()).double().mean())
     elbo = float(weights.raw[weights.raw.isfinite()].mean())
     serious, slight = [], []
+    if not math.isfinite(weights.log_evidence):
+        serious.append("the evidence is not finite")
     if found.missed_mass > MISSED_MASS + 2 * found.missed_mass_se:
         serious.append(f"the guide misses about {found.missed_mass:.0%} of the mass")
     if not (weights.khat < KHAT_LIMIT or share > ESS_NEARLY_ALL):

@@ -18,6 +18,8 @@ _MIN_WEIGHTS = 25
 NO_TAIL = 1e-2
 # Log weights that differ by less (nats) are equal up to the rounding of single precision.
 ROUNDING = 1e-4
+# Beyond so many nats an exponential is 0 in double precision, and a tail has no shape.
+WIDEST_TAIL = 700.0
 # Its multiples, modulo 1, are spread evenly.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -103,6 +105,8 @@ def smooth(log_weights: Tensor) -> Weights:
     tail = raw[finite].sort().values[-math.floor(min(count / 5, 3 * math.sqrt(count))) :]
     if float(tail[-1] - tail[0]) < NO_TAIL:
         return Weights(raw, raw, -math.inf)
+    if float(tail[-1] - tail[0]) > WIDEST_TAIL:
+        return Weights(raw, raw, math.inf)
     given = values = raw[finite].numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         normalized, khat = _psislw(values)

@@ -15,7 +15,7 @@ from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.weights import smooth
+from pyro_nf.infer.weights import Weights, smooth
 
 
 def correlated() -> None:
@@ -86,6 +86,11 @@ def test_draws_without_density_are_reported() -> None:
     diagnosis = judge(smooth(log_weights), Probe(0.0, 0.0, 0.0, 1), [], [])
     assert diagnosis.verdict == "do not trust"
     assert "10%" in diagnosis.reasons[0]
+
+
+def test_numbers_that_are_not_finite_are_not_good() -> None:
+    weights = Weights(torch.zeros(100), torch.full((100,), math.nan), khat=0.1)
+    assert judge(weights, Probe(0.0, 0.0, 0.0, 1), [], []).verdict == "do not trust"
 
 
 def test_sites_are_named_the_worst_first() -> None:

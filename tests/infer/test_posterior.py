@@ -122,6 +122,15 @@ def test_ties_of_rounded_weights_are_smoothed_too(sign: int) -> None:
     assert abs(weights.log_evidence - evidence) < 3 * weights.log_evidence_se
 
 
+@pytest.mark.parametrize("far", [[1000.0], [1e37], [800.0, 801.0]])
+def test_a_weight_beyond_all_others_is_no_finite_tail(far: list[float]) -> None:
+    z = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    weights = smooth(torch.cat([z, torch.tensor(far)]))
+    assert weights.khat == math.inf
+    assert 1 <= weights.ess < 3
+    assert weights.log_evidence == pytest.approx(far[-1], rel=0.01)
+
+
 @pytest.mark.parametrize("size", [0, 3000, 60_000])
 @pytest.mark.parametrize("count", [1000, 4000])
 def test_weights_that_only_rounding_parts_have_no_tail(size: int, count: int) -> None:
