@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -154,6 +155,7 @@ def fit_svi(
 
     Args:
         model: A Pyro model; its learnable parameters, if any, must be trained by ``SVI`` instead.
+            Discrete latents that can be enumerated are summed out.
         guide: The guide. By default an ``AutoFlow(model)``, with as many components as the
             posterior has separate pieces. One that is set up already goes on from where it is.
         args: The model's arguments.
@@ -227,11 +229,11 @@ def fit_svi(
         learning: LogJoint | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
             count = load_settings(checkpoint).get("count_components", 1)
-            guide = AutoFlow(model, count_components=count) if guide is None else guide
+            guide = _default_guide(joint, count) if guide is None else guide
             guide._build(*args, **kwargs)
             guide.recentre(_recentring_of(checkpoint, joint))
         elif guide is None or guide.prototype_trace is None:
-            guide, start, learning = _started(model, guide, joint, seconds, record, seed, clock)
+            guide, start, learning = _started(guide, joint, seconds, record, seed, clock)
         if learning is None:
             learning = _learning_joint(guide, joint)
         record(learning, compile)
@@ -292,6 +294,14 @@ class _Seconds:
         return _LONGEST_START if self.total is None else share * self.total
 
 
+def _default_guide(joint: LogJoint, count_components: int) -> AutoFlow:
+    """For all latents but those that the log joint sums out."""
+    model = joint.model
+    if joint.enumerated_sites:
+        model = poutine.block(model, hide=list(joint.enumerated_sites))
+    return AutoFlow(model, count_components=count_components)
+
+
 def _recentring_of(checkpoint: str | os.PathLike[str], joint: LogJoint) -> Recentre | None:
     """The recentring of the guide in a checkpoint, if it has one."""
     tensors = load_module(checkpoint)
@@ -308,7 +318,6 @@ def _learning_joint(guide: AutoFlow, joint: LogJoint) -> LogJoint:
 
 
 def _started(
-    model: Model,
     guide: AutoFlow | None,
     joint: LogJoint,
     seconds: _Seconds,
@@ -345,7 +354,7 @@ def _started(
         )
     if guide is None:
         count = 1 if mixture is None else mixture.count_components
-        guide = AutoFlow(model, count_components=count)
+        guide = _default_guide(joint, count)
         guide._build(*joint.args, **joint.kwargs)
     fits = mixture is not None and mixture.count_components == guide.count_components
     found = mixture if mixture is not None and fits else start

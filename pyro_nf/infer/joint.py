@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median, init_to_sample
-from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -174,9 +173,12 @@ class LogJoint:
         self.enumerated_sites = tuple(enumerated)
 
     def _prepare_enumeration(self) -> None:
+        def in_parallel(site: Any) -> Any:
+            return {"enumerate": "parallel"} if site["name"] in self.enumerated_sites else {}
+
         if self.enumerated_sites:
             self._enumerated_model = poutine.enum(
-                config_enumerate(self.model, "parallel"),
+                poutine.infer_config(self.model, in_parallel),
                 first_available_dim=-1 - self.max_batch_ndim,
             )
 

@@ -157,6 +157,9 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
     Returns:
         For each observed site ``(S, *batch_shape)``.
 
+    Raises:
+        ValueError: If the model sums out discrete latents, or draws random numbers of its own.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> def model():
@@ -166,6 +169,16 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
         >>> pointwise_log_likelihood(LogJoint(model), {"mu": torch.zeros(5)})["y"].shape
         torch.Size([5, 3])
     """
+    if joint.enumerated_sites or joint.is_random:
+        why = (
+            f"sums out {list(joint.enumerated_sites)}"
+            if joint.enumerated_sites
+            else ("takes a subsample or draws random numbers of its own")
+        )
+        raise ValueError(
+            f"log_likelihood: the model {why}, so an observation has no log likelihood given the "
+            "draws alone. Write a model that sums over it, or takes all rows."
+        )
     count = len(next(iter(samples.values())))
     singles = (
         _run(joint, {name: draws[i] for name, draws in samples.items()}) for i in range(count)

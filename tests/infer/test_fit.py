@@ -399,3 +399,25 @@ def test_compile_fuses_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 1
     assert isinstance(compiled[0], torch.fx.GraphModule)
     assert fused.history.losses[-1] == pytest.approx(plain.history.losses[-1], abs=1e-4)
+
+
+def clusters(infer: dict[str, str] | None = None) -> None:
+    """Two known clusters of unknown weight; which row is of which is summed out."""
+    weight = pyro.sample("weight", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", 4):
+        which = pyro.sample("which", dist.Bernoulli(weight), infer=infer or {})
+        pyro.sample("y", dist.Normal(20 * which, 1.0), obs=torch.tensor([0.0, 0.0, 0.0, 20.0]))
+
+
+@pytest.mark.parametrize("how", ["parallel", "sequential", None])
+@pytest.mark.filterwarnings("ignore:the model does not run on a batch")
+def test_discrete_latents_are_summed_out(how: str | None) -> None:
+    kwargs = {"infer": {"enumerate": how} if how else None}
+    fitted = fit_svi(clusters, kwargs=kwargs, max_seconds=3, num_particles=8, progress=False)
+    posterior = fitted.posterior(200)
+    assert set(posterior.samples) == {"weight"}
+    # Beta(2, 4)
+    assert posterior.resample().samples["weight"].mean().item() == pytest.approx(1 / 3, abs=0.08)
+    assert set(posterior.predictive(num_draws=3)) == {"which", "y"}
+    with pytest.raises(ValueError, match="which"):
+        posterior.log_likelihood()
