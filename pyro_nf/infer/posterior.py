@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.refine import independence, neutra
-from pyro_nf.infer.replay import observed_values, pointwise_log_likelihood, predict
+from pyro_nf.infer.replay import SetFree, observed_values, pointwise_log_likelihood, predict
 from pyro_nf.infer.summary import Summary, summarize
 from pyro_nf.infer.weights import Weights, smooth
 from pyro_nf.train.loop import History
@@ -347,7 +346,7 @@ class Posterior:
         model = self.joint.model
         if not args and not kwargs:
             args, kwargs = self.joint.args, self.joint.kwargs
-            model = poutine.uncondition(model)
+            model = SetFree()(model)
         count = len(self) if num_draws is None else min(num_draws, len(self))
         chosen = {name: draws[:count] for name, draws in self.samples.items()}
         with own_randomness(seed):

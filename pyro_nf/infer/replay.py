@@ -8,10 +8,24 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.sites import Model
+from pyro_nf.infer.sites import Message, Model
+
+
+class SetFree(UnconditionMessenger):
+    """Draws what was observed anew, and leaves deterministic sites as they are."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if not _is_deterministic(msg):
+            super()._pyro_sample(msg)
+
+
+def _is_deterministic(site: Message) -> bool:
+    return bool(site["infer"].get("_deterministic"))
 
 
 def _observed_nodes(trace: poutine.Trace) -> dict[str, Any]:
@@ -20,8 +34,14 @@ def _observed_nodes(trace: poutine.Trace) -> dict[str, Any]:
         name: node
         for name, node in nodes.items()
         if node["type"] == "sample" and node["is_observed"] and hasattr(node["fn"], "log_prob")
-        if not poutine.util.site_is_subsample(node)
+        if not (poutine.util.site_is_subsample(node) or _is_deterministic(node))
     }
+
+
+def _log_prob(node: Message) -> Tensor:
+    """Of each observation; 0 where it is masked."""
+    log_prob: Tensor = scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"])
+    return log_prob
 
 
 def _run(joint: LogJoint, values: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -43,13 +63,13 @@ def _padded(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _forward(
     model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The values of all sites of one run but those that are given and bare factors."""
+) -> dict[str, Message]:
+    """The nodes of all sites of one run but those that are given and bare factors."""
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(poutine.condition(model, dict(values))).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = dict(trace.nodes)
     return {
-        name: node["value"]
+        name: node
         for name, node in nodes.items()
         if node["type"] == "sample" and name not in values
         if not poutine.util.site_is_subsample(node)
@@ -74,6 +94,8 @@ def predict(
 ) -> dict[str, Tensor]:
     """Runs a model forward from draws of its latents, once for all draws if it broadcasts.
 
+    A batch whose deterministic sites differ from those of a single run is run draw by draw.
+
     Args:
         joint: Says whether and how the model broadcasts.
         samples: Draws of the latents, ``(S, *shape)`` each.
@@ -96,14 +118,34 @@ def predict(
         torch.Size([5, 7])
     """
     count = len(next(iter(samples.values())))
-    if joint.kind != "batched":
-        each = [{name: draws[i] for name, draws in samples.items()} for i in range(count)]
-        runs = [_forward(model, args, kwargs, values) for values in each]
-        return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
     one = _forward(model, args, kwargs, {name: draws[0] for name, draws in samples.items()})
-    with pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim):
-        values = _forward(model, args, kwargs, _padded(joint, samples))
-    return {name: _natural(value, count, one[name].shape) for name, value in values.items()}
+    if joint.kind == "batched":
+        with pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim):
+            nodes = _forward(model, args, kwargs, _padded(joint, samples))
+        if all(_agree(nodes[name], node, count) for name, node in one.items()):
+            return {
+                name: _natural(nodes[name]["value"], count, node["value"].shape)
+                for name, node in one.items()
+            }
+    each = [{name: draws[i] for name, draws in samples.items()} for i in range(count)]
+    runs = [_forward(model, args, kwargs, values) for values in each]
+    return {name: torch.stack([run[name]["value"] for run in runs]) for name in one}
+
+
+def _agree(batched: Message, one: Message, count: int) -> bool:
+    """Whether a deterministic site has for the first draw what a run for it alone has.
+
+    The log joint has been checked, but it does not see these sites: ``x.mean()`` would be over all
+    draws.
+    """
+    if not _is_deterministic(one):
+        return True
+    wanted = one["value"]
+    try:
+        got = _natural(batched["value"], count, wanted.shape)[0]
+    except RuntimeError:  # its shape is another one
+        return False
+    return torch.allclose(got, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def failing_sites(joint: LogJoint, z: Tensor) -> list[str]:
@@ -184,20 +226,16 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
         _run(joint, {name: draws[i] for name, draws in samples.items()}) for i in range(count)
     )
     if joint.kind != "batched":
-        rows = [
-            {name: node["fn"].log_prob(node["value"]) for name, node in nodes.items()}
-            for nodes in singles
-        ]
+        rows = [{name: _log_prob(node) for name, node in nodes.items()} for nodes in singles]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     one = next(singles)
     depth = joint.max_batch_ndim
     with pyro.plate("_draws", count, dim=-1 - depth):
         nodes = _run(joint, _padded(joint, samples))
     return {
-        name: node["fn"]
-        .log_prob(node["value"])
+        name: _log_prob(node)
         .expand(count, *(1,) * (depth - len(shape)), *shape)
         .reshape(count, *shape)
         for name, node in nodes.items()
-        for shape in [one[name]["fn"].log_prob(one[name]["value"]).shape]
+        for shape in [_log_prob(one[name]).shape]
     }

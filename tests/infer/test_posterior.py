@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -509,3 +510,34 @@ def test_a_tail_of_ties_has_no_shape() -> None:
     weights = smooth(log_weights)
     assert not math.isnan(weights.khat)
     assert bool(weights.smoothed.isfinite().all())
+
+
+def averages() -> None:
+    """Deterministic sites of every kind, and one that a batch of draws would get wrong."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    pyro.deterministic("twice", 2 * mu)
+    with pyro.plate("data", 3):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.deterministic("shifted", theta + torch.arange(3.0))
+        with poutine.mask(mask=torch.tensor([True, True, False])):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor([1.0, 2.0, 1e3]))
+    pyro.deterministic("mean", theta.mean())
+
+
+def test_deterministic_sites() -> None:
+    posterior = fit_svi(averages, max_steps=10, progress=False).posterior(50)
+    drawn, theta = posterior.predictive(num_draws=7), posterior.samples["theta"][:7]
+    torch.testing.assert_close(drawn["twice"], 2 * posterior.samples["mu"][:7])
+    torch.testing.assert_close(drawn["shifted"], theta + torch.arange(3.0))
+    torch.testing.assert_close(drawn["mean"], theta.mean(-1))
+    assert drawn["y"].shape == (7, 3)
+    assert set(posterior.to_arviz().observed_data) == {"y"}
+
+
+def test_masked_observations_have_no_log_likelihood() -> None:
+    posterior = fit_svi(averages, max_steps=10, progress=False).posterior(50)
+    found = posterior.log_likelihood()
+    assert set(found) == {"y"}
+    by_hand = dist.Normal(posterior.samples["theta"], 1.0).log_prob(torch.tensor([1.0, 2.0, 1e3]))
+    by_hand[:, 2] = 0.0
+    torch.testing.assert_close(found["y"], by_hand)
