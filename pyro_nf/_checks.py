@@ -31,7 +31,10 @@ def check_event(
 ) -> None:
     """Raises unless ``value`` is a floating tensor whose event is what ``owner`` maps."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(value).__name__}.")
+        raise TypeError(
+            f"{owner}: {name} must be a torch.Tensor, got {type(value).__name__}; "
+            f"call torch.as_tensor({name}) first."
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"{owner}: {name} must be a floating tensor, got {value.dtype}; "
