@@ -35,6 +35,9 @@ MIXTURE_SHARE = 0.1
 MIXTURE_MARGIN = 0.03
 """Nats by which the mixture must win to take the flow's place: less is within the noise."""
 
+MOST_ROUNDING = 0.05
+"""Share of a column's standard deviation that the dtype of the flow may round away."""
+
 MOST_CHECKED_ROWS = 2_000
 MOST_COPULA_ROWS = 500
 ROWS_AT_ONCE = 4_096
@@ -133,8 +136,8 @@ def fit_density(
 
     Raises:
         TypeError: If the data are not floating tensors.
-        ValueError: If a shape is wrong, there are fewer than 2 rows, a column is constant, or a
-            column has NaN or inf; the message names the column.
+        ValueError: If a shape is wrong, there are too few rows, a column is constant, has NaN or
+            inf, or loses its digits in the dtype of the flow; the message names the column.
         OSError: If the checkpoint cannot be written.
 
     Example:
@@ -187,20 +190,26 @@ def fit_density(
     race_seconds = None if max_seconds is None else RACE_SHARE * max_seconds
     given = copy.deepcopy(flow.state_dict())
     best, values = given, dict[str, float]()
+    raced: list[History] = []
     for start in starts:
         flow.load_state_dict(given)
         with own_randomness(seed):
             start(flow, table.y, table.context)
         if race and race_steps != 0:
-            run(race_steps, race_seconds, progress=False)
+            raced.append(run(race_steps, race_seconds, progress=False))
         values[start.name] = _mean_loss(flow, checked)
         if values[start.name] <= min(values.values()):
             best = copy.deepcopy(flow.state_dict())
+        if raced and raced[-1].stopped == "interrupted":
+            break
     flow.load_state_dict(best)
 
-    raced = len(starts) if len(starts) > 1 else 0
+    name = min(values, key=lambda key: values[key])
+    if raced and raced[-1].stopped == "interrupted":
+        return DensityFit(flow, raced[-1], _mean_loss(flow, held_out), start=name, starts=values)
+    count_raced = len(starts) if len(starts) > 1 else 0
     history = run(
-        None if max_steps is None or race_steps is None else max_steps - raced * race_steps,
+        None if max_steps is None or race_steps is None else max_steps - count_raced * race_steps,
         None if max_seconds is None else max(max_seconds - (clock() - started), 1e-3),
         patience=patience,
         raise_decay=weight_decay is None,
@@ -214,7 +223,6 @@ def fit_density(
             "weight_decay": decay,
         },
     )
-    name = min(values, key=lambda key: values[key])
     fit = DensityFit(flow, history, _mean_loss(flow, held_out), start=name, starts=values)
     if rivals is not None:
         fit.baselines = rivals.losses(held_out)
@@ -363,7 +371,20 @@ def _checked(flow: Flow, name: str, y: Tensor, context: Tensor | None) -> _Table
                     f"{len(values)} rows). Drop or fill those rows."
                 )
     like = next(iter(flow.parameters()), y)
+    lost = _rounded_away(y, y.to(like).to(y)) if len(y) else []
+    if lost:
+        raise ValueError(
+            f"fit_density: {_columns(lost, name)} too large or too far from 0 for the digits of "
+            f"{like.dtype}, the dtype of the flow. Call flow.double(), or shift and scale the data."
+        )
     return _Table(y.detach().to(like), None if context is None else context.detach().to(like))
+
+
+def _rounded_away(y: Tensor, cast: Tensor) -> list[int]:
+    """The columns that another dtype cannot hold."""
+    rounding, sd = (cast - y).abs().amax(0), y.std(0, correction=0)
+    lost = ~rounding.isfinite() | ((rounding > MOST_ROUNDING * sd) & (sd > 0))
+    return [int(i) for i in lost.nonzero().flatten()]
 
 
 def _columns(indices: list[int], table: str) -> str:

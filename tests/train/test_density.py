@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
-from pyro_nf.flows.recipes import gaussian, maf, nsf, realnvp
+from pyro_nf.flows.recipes import gaussian, maf, nice, nsf, realnvp
 from pyro_nf.flows.student import StudentT
 from pyro_nf.train.baselines import GaussianCopula, fit_gaussian_mixture
 from pyro_nf.train.density import fit_density
@@ -308,3 +309,33 @@ def test_copula_is_nearly_exact_for_a_gaussian():
     entropy = math.log(2 * math.pi * math.e) + factor.diagonal().log().sum().item()
     assert -copula.log_prob(fresh).mean().item() == pytest.approx(entropy, abs=0.12)
     assert copula.log_prob(fresh.reshape(10, 100, 2)).shape == (10, 100)
+
+
+def test_ctrl_c_in_the_race_ends_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [0], Flow.forward
+
+    def interrupted(self: Flow, context: Tensor | None = None) -> FlowDistribution:
+        calls[0] += 1
+        if calls[0] == 30:
+            raise KeyboardInterrupt
+        return forward(self, context)
+
+    monkeypatch.setattr(Flow, "forward", interrupted)
+    fit = fit_density(nice(2), torch.randn(200, 2), max_steps=1000, progress=False)
+    assert fit.history.stopped == "interrupted"
+    assert fit.history.steps < 30
+
+
+def test_columns_that_lose_their_digits_are_named() -> None:
+    x = torch.randn(100, 2).double()
+    for column in (1.7e9 + 100 * x[:, 0], 1e300 * x[:, 0]):
+        table = torch.stack([x[:, 1], column], -1)
+        with pytest.raises(ValueError, match=r"column 1 of x .*float32.*flow.double"):
+            fit_density(nice(2), table, max_steps=20, progress=False)
+    table = torch.stack([x[:, 1], 1.7e9 + 100 * x[:, 0]], -1)
+    fit_density(nice(2).double(), table, max_steps=20, progress=False)
+
+
+def test_a_list_is_told_what_to_do() -> None:
+    with pytest.raises(TypeError, match=r"torch\.as_tensor"):
+        fit_density(nice(2), [[0.0, 1.0]], progress=False)  # type: ignore[arg-type]
