@@ -32,7 +32,6 @@ from pyro_nf.infer.recipe import (
     posterior_stages,
     seconds_per_step,
 )
-from pyro_nf.infer.replay import failing_sites
 from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
@@ -111,7 +110,7 @@ class _Watched(Objective):
 
 def _explain(guide: AutoFlow, joint: LogJoint) -> str:
     with torch.no_grad():
-        sites = failing_sites(joint, guide.get_posterior().sample())
+        sites = joint.failing_sites(guide.get_posterior().sample())
     return f"The log density is not finite at the sites {sites}." if sites else ""
 
 

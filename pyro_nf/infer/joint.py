@@ -245,8 +245,9 @@ class LogJoint:
                 break
         else:
             raise ValueError(
-                "the log joint is not finite at the initial point, nor anywhere near it: "
-                "check the model, its data and init_loc_fn."
+                f"the log joint is not finite at the initial point, nor anywhere near it, at "
+                f"the sites {self.failing_sites(self.init_loc)}: check the model, its data and "
+                "init_loc_fn."
             )
         reasons = []
         ways: list[tuple[str, Callable[[Tensor], Tensor]]] = []
@@ -620,6 +621,30 @@ class LogJoint:
         with fast_pyro(), SafeLinalg():
             other, ladj = way(z.reshape(-1, self.latent_dim))
         return other.reshape(z.shape), ladj.reshape(z.shape[:-1])
+
+    def failing_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log density is not finite at one point ``z (D,)``, in their order.
+
+        Example:
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> def model():
+            ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal((x - 3).sqrt(), 1.0), obs=torch.tensor(0.0))
+            >>> joint = LogJoint(model, init_loc_fn=lambda _: torch.tensor(4.0))
+            >>> joint.failing_sites(torch.zeros(1))
+            ['y']
+        """
+        with torch.no_grad(), fast_pyro(), poutine.block():
+            model = poutine.condition(self.model, self.unpack(z))
+            nodes: dict[str, Any] = dict(
+                poutine.trace(model).get_trace(*self.args, **self.kwargs).nodes
+            )
+            return [
+                name
+                for name, node in nodes.items()
+                if node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
+                if not bool(node["fn"].log_prob(node["value"]).isfinite().all())
+            ]
 
     def init(self, init_loc_fn: InitLocFn, seed: int = 0) -> Tensor:
         """The coordinates (D,) of another initial point."""

@@ -148,34 +148,6 @@ def _agree(batched: Message, one: Message, count: int) -> bool:
     return torch.allclose(got, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-def failing_sites(joint: LogJoint, z: Tensor) -> list[str]:
-    """The sites whose log density is not finite at one point, in the order of the model.
-
-    Args:
-        joint: Has the model and its arguments.
-        z: Unconstrained coordinates, ``(D,)``.
-
-    Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model():
-        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal((x - 3).sqrt(), 1.0), obs=torch.tensor(0.0))
-        >>> failing_sites(LogJoint(model, init_loc_fn=lambda _: torch.tensor(4.0)), torch.zeros(1))
-        ['y']
-    """
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-        model = poutine.condition(joint.model, joint.unpack(z))
-        nodes: dict[str, Any] = dict(
-            poutine.trace(model).get_trace(*joint.args, **joint.kwargs).nodes
-        )
-        return [
-            name
-            for name, node in nodes.items()
-            if node["type"] == "sample" and not poutine.util.site_is_subsample(node)
-            if not bool(node["fn"].log_prob(node["value"]).isfinite().all())
-        ]
-
-
 def observed_values(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The value of each observed site.
 

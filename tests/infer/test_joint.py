@@ -1,5 +1,6 @@
 """The flat log joint equals the model, whatever the model is made of."""
 
+import math
 import warnings
 
 import pyro
@@ -357,3 +358,13 @@ def test_exact_targets_broadcast(target):
     assert joint.kind == "batched"
     draws = target.draw(200, torch.Generator().manual_seed(0))
     torch.testing.assert_close(joint.unpack(joint.pack(draws)), draws)
+
+
+def test_a_density_that_is_nowhere_finite_is_named() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("fine", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+        pyro.sample("broken", dist.Normal(mu, 1.0), obs=torch.tensor(math.nan))
+
+    with pytest.raises(ValueError, match=r"\['broken'\]"):
+        LogJoint(model)
