@@ -49,9 +49,9 @@ clean: ## remove the environments and everything that was built
 	rm -rf .venv .venv-bench .venv-jax build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/made: PACKAGES = -e '.[plots,dev,docs]'
-.venv-bench/made: PACKAGES = -e '.[plots]' -r benchmarks/requirements.txt
-.venv-jax/made: PACKAGES = -e . -r benchmarks/requirements-jax.txt
+.venv/made: PACKAGES = -e '.[fast,plots,dev,docs]'
+.venv-bench/made: PACKAGES = -e '.[fast,plots]' -r benchmarks/requirements.txt
+.venv-jax/made: PACKAGES = -e '.[fast]' -r benchmarks/requirements-jax.txt
 .venv-bench/made: benchmarks/requirements.txt
 .venv-jax/made: benchmarks/requirements-jax.txt
 

@@ -18,8 +18,8 @@ HEAD = """# Speed
 Each figure is a ratio of process CPU times on one thread: ours over that of the best of the others,
 taken in turn in one process. Small is good; `must` is the bound that the library keeps to, `aim`
 where it wants to be. `~` marks a time that was extrapolated, because the call would take more than
-a minute. `make bench` measures all again against the torch peers, `make bench-jax` against the JAX
-peers; both write this page.
+a minute. The extra `fast` is installed. `make bench` measures all again against the torch peers,
+`make bench-jax` against the JAX peers; both write this page.
 """
 
 

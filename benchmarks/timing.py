@@ -21,6 +21,7 @@ from statistics import median
 PACKAGES = (
     "pyro-nf",
     "torch",
+    "numba",
     "pyro-ppl",
     "zuko",
     "nflows",

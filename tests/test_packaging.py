@@ -36,7 +36,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     metadata = email.message_from_bytes(wheel.read(f"{folder}/METADATA"))
     assert metadata["Version"] == pyro_nf.__version__
     assert metadata["License-Expression"] == "MIT"
-    assert set(metadata.get_all("Provides-Extra")) == {"plots", "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == {"fast", "plots", "dev", "docs"}
     assert f"{folder}/licenses/LICENSE" in wheel.namelist()
 
 

@@ -56,10 +56,12 @@ from pyro_nf.ops.gradients import derivative
 from pyro_nf.ops.layout import features_first
 
 # Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
-# more than MOST_GROUPS groups: there it costs more in calls than it saves in products.
+# more than MOST_GROUPS groups: there it costs more in calls than it saves in products. Where a leaf
+# is a single call, it may be larger.
 LEAF_UNITS, FEWEST_GROUPS, MOST_GROUPS = 32, 4, 16
+ONE_CALL_UNITS, ONE_CALL_GROUPS = 64, 128
 
-# For a few rows a whole pass costs little more than one group of the substitution: as much as
+# For a few rows a pass costs little more than one group of an uncompiled substitution: as much as
 # 1 + weights / WEIGHTS_PER_GROUP groups. So for up to FEW_ROWS rows passes are tried first, for at
 # most half of the time that the substitution would take.
 FEW_ROWS = 4
@@ -76,7 +78,9 @@ Map = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.compiler.disable  # a compiler would unroll all groups
-def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def solve(
+    net: MaskedNet, g: Map, v: Tensor, context: Tensor | None, leaf: Leaf | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Finds ``z`` with :math:`z = g(v; \operatorname{net}(z, c))` for the price of about one pass.
 
     Exact up to rounding. Differentiable once, in all that goes in; works under
@@ -87,6 +91,7 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
         g: One direction of a univariate map. It is called in inference mode first.
         v: Shape ``(..., D)``.
         context: Shape ``(..., C)``, whose batch broadcasts to that of ``v``; None if there is none.
+        leaf: A quicker way through the leaves of the substitution; made for ``net`` and ``g``.
 
     Returns:
         ``z`` of shape ``(..., D)`` and the sum of the ladjs of ``g``, shape ``(...)``.
@@ -103,7 +108,7 @@ def solve(net: MaskedNet, g: Map, v: Tensor, context: Tensor | None) -> tuple[Te
         True
     """
     layers = cast(Sequence[MaskedLinear], net.layers)
-    plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups)
+    plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups, leaf)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     offset, columns = net.offset(v.shape[:-1], context), features_first(v)
     with torch.no_grad():
@@ -180,28 +185,40 @@ class Link(NamedTuple):
     point: Callable[[int, Tensor], Tensor]
 
 
-def substitute(ring: Sequence[Link], leaf: int, first: int, last: int) -> None:
+#: Computes the groups from ``first`` to before ``last`` of a ring and adds the ladjs of ``z``:
+#: ``(ladj, ring, first, last)``. Every group before and every product from there is done.
+Leaf = Callable[[Tensor, Sequence[Link], int, int], None]
+
+
+def substitute(
+    ring: Sequence[Link],
+    size: int,
+    first: int,
+    last: int,
+    leaf: Callable[[Sequence[Link], int, int], None],
+) -> None:
     """Computes the values of the groups from ``first`` to before ``last``.
 
     Args:
         ring: The links in the order in which a group is computed. The first link takes the values
             of the last one, and of earlier groups only.
-        leaf: How many groups are not halved any further.
+        size: How many groups are not halved any further.
         first: The first group. All products with the groups before it are in the sums already.
         last: One past the last group.
+        leaf: Computes those that are not halved, ``(ring, first, last)``.
     """
-    if last - first <= leaf:
-        return _substitute_group_by_group(ring, first, last)
+    if last - first <= size:
+        return leaf(ring, first, last)
     middle = (first + last) // 2
-    substitute(ring, leaf, first, middle)
+    substitute(ring, size, first, middle, leaf)
     for before, link in zip((ring[-1], *ring), ring, strict=False):
         rows = link.sum_groups.span(middle, last)
         columns = before.value_groups.span(first, middle)
         link.sums[rows].addmm_(link.weight[rows, columns], before.values[columns])
-    substitute(ring, leaf, middle, last)
+    substitute(ring, size, middle, last, leaf)
 
 
-def _substitute_group_by_group(ring: Sequence[Link], first: int, last: int) -> None:
+def _group_by_group(ring: Sequence[Link], first: int, last: int) -> None:
     steps: list[list[tuple[Any, ...]]] = [[] for _ in range(first, last)]
     for before, link in zip((ring[-1], *ring), ring, strict=False):
         rows = link.sum_groups.span(first, last)
@@ -234,13 +251,14 @@ class _Plan(NamedTuple):
     skips: list[bool]
     masks: list[Tensor]
     groups: list[Groups]
+    leaf: Leaf | None = None
 
 
-def _leaf(groups: Sequence[Groups]) -> int:
-    """How many groups make a leaf of the substitution."""
+
+def _leaf_size(groups: Sequence[Groups], units: int = LEAF_UNITS, most: int = MOST_GROUPS) -> int:
+    """How many groups make a leaf of about so many hidden units."""
     widest = max((g.ends[-1] for g in groups[1:-1]), default=1)
-    count = LEAF_UNITS * len(groups[0].sizes) // widest
-    return min(max(count, FEWEST_GROUPS), MOST_GROUPS)
+    return min(max(units * len(groups[0].sizes) // widest, FEWEST_GROUPS), most)
 
 
 class _Solve(torch.autograd.Function):
@@ -252,7 +270,7 @@ class _Solve(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = len(plan.masks)
         weights, biases = parameters[:count], parameters[count:]
-        few = v.shape[-1] <= FEW_ROWS
+        few = v.shape[-1] <= FEW_ROWS and plan.leaf is None
         # Made out here they stay ordinary tensors.
         z, ladj = v.clone(memory_format=torch.contiguous_format), v.new_zeros(v.shape[-1])
         with torch.inference_mode():  # makes all the small calls some 10 % cheaper
@@ -340,7 +358,11 @@ def _by_substitution(
         for k in range(len(values))
     ]
     ring.append(Link(weights[-1], plan.masks[-1], sums[-1], z, groups[-1], z_groups, output))
-    substitute(ring, _leaf(plan.groups), 0, len(z))
+    if plan.leaf is None:
+        substitute(ring, _leaf_size(plan.groups), 0, len(z), _group_by_group)
+    else:
+        size = _leaf_size(plan.groups, ONE_CALL_UNITS, ONE_CALL_GROUPS)
+        substitute(ring, size, 0, len(z), partial(plan.leaf, ladj))
 
 
 def _with_implicit_gradient(
@@ -576,7 +598,7 @@ def _by_transposed_substitution(
         sums = tau.new_zeros(groups[k].ends[-1], tau.shape[-1])
         point = unit(turned(slopes[k - 1], groups[k]), skips[k - 1])
         ring.append(Link(*transposed[k], sums, sums, groups[k], groups[k], point))
-    substitute(ring, _leaf(groups), 0, len(mu))
+    substitute(ring, _leaf_size(groups), 0, len(mu), _group_by_group)
     return mu.flip(0)
 
 

@@ -12,6 +12,7 @@ from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import Map, solve, solve_transposed
 from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform, over_vectors
+from pyro_nf.transforms.compiled_leaf import compiled_leaf
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.base import UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
@@ -116,7 +117,8 @@ class Autoregressive(FlowTransform):
             z, ladj = direction(v, self.net(v, context))
             ladj = ladj.sum(-1)
         else:
-            z, ladj = solve(self.net, direction, v, context)
+            leaf = compiled_leaf(self.univariate, self.fast == "forward", self.net, v)
+            z, ladj = solve(self.net, direction, v, context, leaf)
         return self._unsorted(z), ladj
 
     def _push_score(
