@@ -126,7 +126,7 @@ class MaskedNet(nn.Module):
         self.groups = [Groups.of(units.bincount(minlength=input_dim).tolist()) for units in degrees]
         self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
         self.activation = activation() if any(self.skips) else _in_place(activation())
-        self.count_weights = sum(layer.weight.numel() for layer in layers)
+        self.count_weights = sum(layer.count_weights for layer in layers)
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)
         if self.context is not None and not hidden_dims:
@@ -238,6 +238,7 @@ class MaskedLinear(nn.Module):
         # The sizes alone decide the mask, so it does not travel in the state_dict.
         mask = torch.arange(len(in_degrees)) < seen.unsqueeze(-1)
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+        self.count_weights = mask.numel()
         self.strips = _cut(seen, len(in_degrees))
 
     def forward(self, a: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -283,7 +284,7 @@ class MaskedLinear(nn.Module):
         return grad_a
 
     def _worth_strips(self, a: Tensor) -> bool:
-        return bool(self.strips.rows) and self.mask.numel() * a.shape[-1] >= WORTH_STRIPS
+        return bool(self.strips.rows) and self.count_weights * a.shape[-1] >= WORTH_STRIPS
 
 
 class _Strips(NamedTuple):

@@ -16,15 +16,22 @@ def features_first(t: Tensor) -> Tensor:
         >>> features_first(torch.zeros(5, 4, 3)).shape
         torch.Size([3, 20])
     """
-    if t.dim() == 2 and t.stride(0) == 1:  # it lies so already, like all but the first in a chain
+    if _in_columns(t):
         return t.T
     return t.reshape(t.shape[:-1].numel(), t.shape[-1]).T.contiguous()
 
 
 def in_columns(t: Tensor) -> Tensor:
     """The same tensor ``(..., features)``, but each feature is one piece of memory."""
+    if _in_columns(t):
+        return t
     columns = features_first(t)
     return columns.T if t.dim() == 2 else columns.T.reshape(t.shape)
+
+
+def _in_columns(t: Tensor) -> bool:
+    """Whether it lies so already, like all but the first in a chain."""
+    return t.dim() == 2 and t.stride(0) == 1
 
 
 def turned(t: Tensor) -> Tensor:
