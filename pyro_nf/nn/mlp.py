@@ -88,11 +88,15 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes and gives features first, ``(features, N)``."""
+    """A linear layer that takes and gives features first, ``(features, N)``, as its bias lies."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.bias = nn.Parameter(self.bias.detach().unsqueeze(-1))
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``W input + b``."""
-        return torch.addmm(self.bias.unsqueeze(-1), self.weight, input)
+        return torch.addmm(self.bias, self.weight, input)
 
 
 def _in_place(activation: nn.Module) -> nn.Module:
