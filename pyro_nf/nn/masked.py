@@ -172,8 +172,7 @@ class MaskedNet(nn.Module):
 
     def offset(self, batch_shape: Sequence[int], context: Tensor | None) -> Tensor:
         """Returns :math:`V c + b_1`, of shape ``(width, N)``, or ``(width, 1)`` without context."""
-        first, *_ = self.layers  # quicker than an index
-        bias = cast(MaskedLinear, first).bias
+        bias = cast(MaskedLinear, next(iter(self.layers))).bias  # quicker than an index
         if self.context is None:
             return bias
         offset = self.context(context) + bias.squeeze(-1)

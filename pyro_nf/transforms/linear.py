@@ -132,11 +132,12 @@ class ActNorm(FlowTransform):
         return y, self.log_scale.sum().expand(x.shape[:-1])
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = in_columns(y)
         if torch.is_grad_enabled() and by_hand():
-            x = _Normalized.apply(in_columns(y), self.bias, self.log_scale)
+            x = _Normalized.apply(y, self.bias, self.log_scale)
         else:
             x = (y - self.bias) * (-self.log_scale).exp()
-        return x, -self.log_scale.sum().expand(y.shape[:-1])
+        return x, (-self.log_scale.sum()).expand(y.shape[:-1])
 
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
