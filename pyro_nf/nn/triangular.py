@@ -254,7 +254,6 @@ class _Plan(NamedTuple):
     leaf: Leaf | None = None
 
 
-
 def _leaf_size(groups: Sequence[Groups], units: int = LEAF_UNITS, most: int = MOST_GROUPS) -> int:
     """How many groups make a leaf of about so many hidden units."""
     widest = max((g.ends[-1] for g in groups[1:-1]), default=1)
