@@ -17,7 +17,8 @@ VARIANCE_FLOOR = 1e-6
 """Added to the variances of a component; the data should be standardised or whitened."""
 
 BACKGROUND_SCALES = (4.0, 16.0, 64.0, 256.0)
-"""Scales of the wide components that together have the weight of one row."""
+"""Scales of the wide components that together have the weight of one row, the wider the less: each
+adds as much to the variance of draws."""
 
 PATIENCE_GAIN = 1e-3
 """EM ends when the mean log density of a row rises by less."""
@@ -117,8 +118,9 @@ def _em(
 ) -> GaussianMixture:
     n, d = x.shape
     scales = x.new_tensor(BACKGROUND_SCALES)
+    weights = scales**-2 / (scales**-2).sum() / (n + 1)
     wide = GaussianMixtureDistribution(
-        torch.full_like(scales, 1 / (len(scales) * (n + 1))).log(),
+        weights.log(),
         x.new_zeros(len(scales), d),
         torch.eye(d).to(x) / scales[:, None, None],
         -d * scales.log(),

@@ -278,6 +278,9 @@ def test_mixture_by_em_finds_its_clusters():
     assert 2 <= mixture.sizes()["count_components"] <= 10
     far = torch.full((1, 2), 300.0)
     assert mixture().log_prob(far).item() > -40  # a square would cost thousands
+    torch.manual_seed(0)
+    spread = mixture().sample((100_000,)).std(0)
+    torch.testing.assert_close(spread, x.std(0), rtol=0.1, atol=0)  # the far reach is seldom drawn
 
 
 def test_mixture_base_is_a_density_and_samples_from_it():
