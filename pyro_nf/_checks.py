@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 
 def check_dims(owner: str, input_dim: int | None, context_dim: int) -> None:
     """Raises unless the dimensions that a transform was built with make sense."""
-    if input_dim is not None and (not isinstance(input_dim, int) or input_dim < 1):
+    if input_dim is not None and (not is_count(input_dim) or input_dim < 1):
         raise ValueError(f"{owner}: input_dim must be a positive integer, got {input_dim!r}.")
-    if not isinstance(context_dim, int) or context_dim < 0:
-        raise ValueError(f"{owner}: context_dim must be an integer >= 0, got {context_dim!r}.")
+    check_count(owner, "context_dim", context_dim, at_least=0)
 
 
 def check_count(owner: str, name: str, value: int, at_least: int = 1) -> None:
     """Raises unless ``value`` is an integer that is large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if not is_count(value) or value < at_least:
         raise ValueError(f"{owner}: {name} must be an integer >= {at_least}, got {value!r}.")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer, of numpy's for example, but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_positive(owner: str, name: str, value: float) -> None:

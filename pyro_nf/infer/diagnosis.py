@@ -198,7 +198,11 @@ def check_sites(joint: LogJoint, z: Tensor, weights: Weights) -> list[SiteCheck]
 
 
 def judge(
-    weights: Weights, found: Probe, sites: list[SiteCheck], others: list[Weights]
+    weights: Weights,
+    found: Probe,
+    sites: list[SiteCheck],
+    others: list[Weights],
+    is_random: bool = False,
 ) -> Diagnosis:
     """Weighs the evidence.
 
@@ -207,6 +211,7 @@ def judge(
         found: What the probe found.
         sites: What the weights would change, the worst first.
         others: Weights of independent fits of the same model, whose evidence should agree.
+        is_random: Whether the density that the weights belong to is itself an estimate.
     """
     share = weights.ess / len(weights.raw)
     failed = float((~weights.raw.isfinite()).double().mean())
@@ -214,6 +219,8 @@ def judge(
     serious, slight = [], []
     if not math.isfinite(weights.log_evidence):
         serious.append("the evidence is not finite")
+    if is_random:
+        serious.append("the model takes a subsample or draws random numbers of its own")
     if found.missed_mass > MISSED_MASS + 2 * found.missed_mass_se:
         serious.append(f"the guide misses about {found.missed_mass:.0%} of the mass")
     if not (weights.khat < KHAT_LIMIT or share > ESS_NEARLY_ALL):
@@ -239,6 +246,8 @@ def judge(
         "use the weights": "posterior.resample(), or posterior.refine('neutra') for exact draws",
         "good": "take the draws as they are",
     }[verdict]
+    if is_random:
+        advice = "Posterior.from_guide with a model of all rows, and diagnose that"
     return Diagnosis(
         verdict,
         tuple(serious or slight),

@@ -202,7 +202,8 @@ class LogJoint:
         before = _rng_state()
         with fast_pyro(), SafeLinalg():
             log_prob, run = self._run(z, dynamic=True)
-        self.is_random = _rng_state() != before
+            drew = _rng_state() != before  # which need not change the density
+            self.is_random = drew and not torch.equal(self._run(z, dynamic=True)[0], log_prob)
         self.has_parameters = log_prob.requires_grad
         # Flat priors in float32 on data in float64: the density shows what the model computes in.
         self.init_loc = self.init_loc.to(log_prob.dtype)

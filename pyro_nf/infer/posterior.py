@@ -228,14 +228,21 @@ class Posterior:
 
         Raises:
             RuntimeError: If the draws have no weights.
+            ValueError: If there is a single draw.
         """
         weights = self._weighted()
+        if len(self) < 2:
+            raise ValueError(
+                "Posterior.diagnose: one draw tells nothing; draw some thousands, as with "
+                "fit.posterior(4000)."
+            )
         with own_randomness(seed):
             found = probe(
                 self.joint, self._distribution(), self.z, max_seconds=max_seconds, seed=seed
             )
         sites = check_sites(self.joint, self.z, weights)
-        return judge(weights, found, sites, [other._weighted() for other in others])
+        compared = [other._weighted() for other in others]
+        return judge(weights, found, sites, compared, self.joint.is_random)
 
     def refine(
         self,

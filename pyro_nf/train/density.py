@@ -179,6 +179,8 @@ def fit_density(
             **options,
         )
 
+    if not starts:
+        raise ValueError("fit_density: starts is empty; (AsGiven(),) keeps the flow as it is.")
     if not any(isinstance(start, AsGiven) for start in starts):
         start_tails(flow, table.y)
     mixture_seconds = math.inf if max_seconds is None else MIXTURE_SHARE * max_seconds

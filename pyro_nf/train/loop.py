@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from pyro_nf._checks import is_count
 from pyro_nf._storage import check_writable
 from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
 from pyro_nf.train.randomness import own_randomness, random_state, set_random_state
@@ -280,8 +281,8 @@ def train(
     if max_steps is None and max_seconds is None:
         raise ValueError("train: there is no budget; give max_steps, max_seconds or both.")
     for name, value in (("max_steps", max_steps), ("check_every", check_every)):
-        if value is not None and value < 1:
-            raise ValueError(f"train: {name} is {value}, wanted at least 1.")
+        if value is not None and (not is_count(value) or value < 1):
+            raise ValueError(f"train: {name} is {value}, wanted an integer >= 1.")
     if average is not None and not 0 <= average < 1:
         raise ValueError(f"train: average is {average}, wanted a decay from 0 to below 1, or None.")
     if max_seconds is not None and not max_seconds > 0:

@@ -107,3 +107,30 @@ def test_resampled_draws_have_nothing_to_diagnose() -> None:
     posterior = Posterior.from_guide(guide_at(correlated, torch.zeros(2), 0.8), num_draws=500)
     with pytest.raises(RuntimeError, match="no weights"):
         posterior.resample().diagnose()
+
+
+def test_a_density_that_is_an_estimate_is_not_good() -> None:
+    even = smooth(0.01 * torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    assert judge(even, Probe(0.0, 0.0, 0.0, 1), [], []).verdict == "good"
+    diagnosis = judge(even, Probe(0.0, 0.0, 0.0, 1), [], [], is_random=True)
+    assert diagnosis.verdict == "do not trust"
+    assert "subsample" in diagnosis.reasons[0] and "all rows" in diagnosis.advice
+
+
+def test_a_subsampled_model_is_reported() -> None:
+    y = torch.randn(100, generator=torch.Generator().manual_seed(0))
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 100, subsample_size=10) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    guide = AutoDiagonalNormal(model)
+    guide()
+    assert "subsample" in Posterior.from_guide(guide, num_draws=100).diagnose().reasons[0]
+
+
+def test_one_draw_is_refused() -> None:
+    posterior = Posterior.from_guide(guide_at(correlated, torch.zeros(2), 0.8), num_draws=1)
+    with pytest.raises(ValueError, match="one draw"):
+        posterior.diagnose()
