@@ -60,7 +60,8 @@ def auto_flow(latent_dim: int) -> FlowTransform:
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
     More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`: skewness and tails of each, then
-    four affine layers with a hidden layer of 64 to 256 units that widens with the dimension.
+    six affine layers, four above 20 coordinates, with a hidden layer of 64 to 256 units that widens
+    with the dimension.
 
     Args:
         latent_dim: The number of unconstrained coordinates.

@@ -27,7 +27,11 @@ from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
 
 # One set of settings for all posteriors: in the coordinates of the start they look alike.
 COUNT_PARTICLES = 64
-COUNT_LAYERS = 4
+# Layers of the flow; where there are few coordinates six cost little more than four.
+COUNT_LAYERS, MANY_LAYERS, MANY_LAYERS_DIM = 4, 6, 20
+# All layers together scale by up to e^6. That is ample, and one layer with all of it would be
+# carried away by the noise of single particles.
+MAX_LOG_SCALE = 6.0
 HIDDEN_DIM, MAX_HIDDEN_DIM = 64, 256
 AFFINE_SHARE = 0.12
 AFFINE_RATES = (2e-2, 1e-3)
@@ -71,7 +75,9 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
 
 
 def autoregressive_layers(input_dim: int) -> Chain:
-    """Skewness and tails, and four affine autoregressive layers that turn the order round.
+    """Skewness and tails, and affine autoregressive layers that turn the order round.
+
+    Six layers up to 20 coordinates, four above.
 
     The layers alone have the tails of the base: scales that vary make up for some of it only. All
     is fast to sample.
@@ -80,21 +86,22 @@ def autoregressive_layers(input_dim: int) -> Chain:
         input_dim: Size of the event.
 
     Example:
-        >>> len(autoregressive_layers(4).parts)
-        5
+        >>> len(autoregressive_layers(4).parts), len(autoregressive_layers(40).parts)
+        (7, 5)
     """
+    count = MANY_LAYERS if input_dim <= MANY_LAYERS_DIM else COUNT_LAYERS
     width = max(HIDDEN_DIM, min(2 * input_dim, MAX_HIDDEN_DIM))
     layers = [
         Autoregressive(
-            Affine(),
+            Affine(MAX_LOG_SCALE / count),
             input_dim,
             hidden_dims=(width,),
             activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
-            reverse=(COUNT_LAYERS - i) % 2
-            == 0,  # the last one in order: scales tend to come before what they scale
+            # the last one in order: scales tend to come before what they scale
+            reverse=(count - i) % 2 == 0,
             fast="forward",
         )
-        for i in range(COUNT_LAYERS)
+        for i in range(count)
     ]
     return Chain([Elementwise(SinhArcsinh(), input_dim), *layers])
 
