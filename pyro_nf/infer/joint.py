@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
-from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds
+from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds, simplify
 from pyro_nf.infer.sites import InitLocFn, LatentSite, Model, bijection, trace_prototype
 from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
 
@@ -494,6 +494,7 @@ class LogJoint:
                 with SafeLinalg(deadline, clock):
                     graph = make_fx(both)(z)
             fold_constants(graph)
+            simplify(graph, z)
             # Another point: what the recording took for a constant shows here.
             z = self.init_loc + 0.1 * noise.flip(0).to(self.init_loc.device)
             log_prob, grad = self.value_and_grad(z)
