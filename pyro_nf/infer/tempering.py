@@ -273,6 +273,8 @@ _GAIN = 0.1
 _COUNTS = (2, 3, 4, 6, 8)
 # Maxima whose Gaussian is this much worse (nats) do not widen the cloud.
 _FAR_BELOW = 50.0
+# The cloud starts so many times wider than what is known, and again from what it found.
+_WIDER, _ROUNDS = 1.5, 3
 
 
 def separated_mixture(
@@ -301,17 +303,32 @@ def separated_mixture(
     near = [mode.loc for mode in start.modes if mode.elbo > start.elbo - _FAR_BELOW]
     points = torch.stack([start.loc, *near])
     centred = points - points.mean(0)
-    cov = 2.25 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
+    cov = _WIDER**2 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
     try:
         wide = torch.linalg.cholesky(cov.double()).to(cov)
     except LinAlgError:
         return None
-    cloud = tempered_cloud(
-        joint, points.mean(0), wide, max_seconds=max_seconds, seed=seed, clock=clock
-    )
-    if not cloud.is_complete:
-        return None
-    best, best_elbo = None, start.elbo
+    deadline, loc, best = clock() + max_seconds, points.mean(0), None
+    # What the start does not reach may lie within reach of the pieces that it does.
+    for _ in range(_ROUNDS):
+        left = deadline - clock()
+        cloud = tempered_cloud(joint, loc, wide, max_seconds=left, seed=seed, clock=clock)
+        if not cloud.is_complete:
+            break
+        better = _best_mixture(joint, cloud, start.elbo if best is None else best[1], seed)
+        if better is None or _deepest_valley(joint, better[0].means) <= _VALLEY:
+            break
+        best = better
+        loc, root = _root(cloud.z)
+        wide = _WIDER * root
+    return None if best is None else best[0]
+
+
+def _best_mixture(
+    joint: LogJoint, cloud: Cloud, least: float, seed: int
+) -> tuple[GaussianMixture, float] | None:
+    """The mixture of the cloud with the best ELBO, if that is above the least by a gain."""
+    best, best_elbo = None, least
     for count in _COUNTS:
         try:
             mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed))
@@ -320,7 +337,7 @@ def separated_mixture(
         elbo = mixture_elbo(joint, mixture, seed=seed)
         if elbo > best_elbo + _GAIN:
             best, best_elbo = mixture, elbo
-    return best if best is not None and _deepest_valley(joint, best.means) > _VALLEY else None
+    return None if best is None else (best, best_elbo)
 
 
 def _deepest_valley(joint: LogJoint, means: Tensor) -> float:

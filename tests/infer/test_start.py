@@ -13,10 +13,11 @@ from pyro_nf.infer.gaussians import laplace_scale
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.recipe import affine_base
-from pyro_nf.infer.start import laplace_start
+from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import (
     fit_mixture,
     mixture_draws,
+    mixture_elbo,
     mixture_of,
     separated_mixture,
     tempered_cloud,
@@ -153,6 +154,17 @@ def test_a_mixture_is_found_where_there_are_pieces():
     assert (
         separated_mixture(whole, laplace_start(whole, max_seconds=60.0), max_seconds=60.0) is None
     )
+
+
+def test_a_mixture_reaches_what_the_start_does_not():
+    """From a Gaussian on an arc the pieces go all round the ring."""
+    target = targets.ring(dtype=F64)
+    joint = LogJoint(target.model)
+    arc = torch.tensor([[0.3, 0.0], [0.0, 1.0]], dtype=F64)
+    start = Start(torch.tensor([2.9, 0.0], dtype=F64), arc, elbo=0.8)
+    mixture = separated_mixture(joint, start, max_seconds=60.0)
+    assert mixture is not None
+    assert mixture_elbo(joint, mixture) > target.log_evidence - 0.4
 
 
 def test_guide_starts_as_the_mixture():
