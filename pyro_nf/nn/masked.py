@@ -136,18 +136,25 @@ class MaskedNet(nn.Module):
         if context is not None:
             batch_shape = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
             x = x.expand(*batch_shape, self.input_dim)
-        recorded = torch.is_grad_enabled()
-        few = self.count_weights * x.shape[:-1].numel() < WORTH_ONE_STEP
-        if self.rectified and by_hand() and not (recorded and few):
+        if self.rectified and by_hand() and self._is_worth_one_step(x):
             layers = cast("list[MaskedLinear]", list(self.layers))
-            offset = self.offset(x.shape[:-1], context)
-            parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers[1:]]
-            run = _RectifiedPass.apply if recorded else _rectified
-            theta = run(layers, features_first(x), offset, *parameters)
+            columns, offset = features_first(x), self.offset(x.shape[:-1], context)
+            if torch.is_grad_enabled():
+                weights, biases = zip(
+                    *[(layer.weight, layer.bias) for layer in layers], strict=True
+                )
+                theta = _RectifiedPass.apply(layers, columns, offset, *weights, *biases[1:])
+            else:
+                theta = _rectified(layers, columns, offset)
         else:
             for s in self._propagate(x, context, self.activation):
                 theta = s  # keep none but the last: memory is dearer than an activation
         return theta.T.reshape(*x.shape, self.num_params)
+
+    def _is_worth_one_step(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return True
+        return self.count_weights * x.shape[:-1].numel() >= WORTH_ONE_STEP
 
     @property
     def rectified(self) -> bool:
@@ -347,18 +354,16 @@ def _rectified(
     layers: Sequence[MaskedLinear],
     a: Tensor,
     offset: Tensor,
-    *parameters: Tensor,
     keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Runs a network without skips, of weights and then biases but the first, keeping values."""
-    count = len(layers)
-    for k, layer in enumerate(layers):
-        b = parameters[count + k - 1] if k else offset
-        if k:
-            a.relu_()
-            if keep is not None:
-                keep(a)
-        a = layer.product(b, parameters[k], a)
+    """Runs a network without skips, whose first bias is in the offset, and keeps the values."""
+    first, *rest = layers
+    a = first.product(offset, first.weight, a)
+    for layer in rest:
+        a.relu_()
+        if keep is not None:
+            keep(a)
+        a = layer.product(layer.bias, layer.weight, a)
     return a
 
 
@@ -374,7 +379,7 @@ class _RectifiedPass(torch.autograd.Function):
         ctx: Any, layers: Sequence[MaskedLinear], x: Tensor, offset: Tensor, *parameters: Tensor
     ) -> Tensor:
         hidden: list[Tensor] = []
-        theta = _rectified(layers, x, offset, *parameters, keep=hidden.append)
+        theta = _rectified(layers, x, offset, hidden.append)
         ctx.layers, ctx.is_bias = layers, offset.shape[-1] == 1
         ctx.save_for_backward(x, offset, *parameters, *hidden)
         return theta
