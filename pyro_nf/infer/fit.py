@@ -247,10 +247,9 @@ def fit_svi(
     left, count_steps = None, math.inf if max_steps is None else max_steps
     if max_seconds is not None:
         if num_particles >= MANY_PARTICLES:  # the rate for fewer does not ask how many steps
-            per_step = max(
-                seconds_per_step(flow, learning, num_particles, seed), 1e-6
-            )  # clocks tick
-            count_steps = min(count_steps, (max_seconds - (clock() - began)) / per_step)
+            per_step = seconds_per_step(flow, learning, num_particles, seed)
+            left = max_seconds - (clock() - began)
+            count_steps = min(count_steps, left / max(per_step, 1e-6))  # clocks tick
         left = max(max_seconds - (clock() - began), 1e-3)
     stages = posterior_stages(
         flow,
