@@ -44,8 +44,12 @@ class FlowDistribution(dist.TransformedDistribution):
         owner: nn.Module | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(base_dist, [transform], validate_args=validate_args)
-        self.transform = transform
+        # TransformedDistribution would look for shapes that do not fit yet, which takes as long as
+        # a tenth of a small layer; here the base has the event and the batch shape of the whole.
+        self.base_dist, self.transforms, self.transform = base_dist, [transform], transform
+        super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
+            base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args
+        )
         self._owner = transform if owner is None else owner
         self._last: _LastSample | None = None
 
