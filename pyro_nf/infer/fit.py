@@ -35,7 +35,7 @@ from pyro_nf.infer.recipe import (
 from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
-from pyro_nf.train.checkpoint import load_module, load_settings
+from pyro_nf.train.checkpoint import load_fit
 from pyro_nf.train.loop import History, train
 from pyro_nf.train.randomness import own_randomness
 
@@ -227,10 +227,11 @@ def fit_svi(
         start: Start | GaussianMixture | None = None
         learning: LogJoint | None = None
         if checkpoint is not None and os.path.exists(checkpoint):
-            count = load_settings(checkpoint).get("count_components", 1)
+            settings, tensors = load_fit(checkpoint)
+            count = settings.get("count_components", 1)
             guide = _default_guide(joint, count) if guide is None else guide
             guide._build(*args, **kwargs)
-            guide.recentre(_recentring_of(checkpoint, joint))
+            guide.recentre(_recentring_of(tensors, joint))
         elif guide is None or guide.prototype_trace is None:
             guide, start, learning = _started(guide, joint, seconds, record, seed, clock)
         if learning is None:
@@ -300,9 +301,8 @@ def _default_guide(joint: LogJoint, count_components: int) -> AutoFlow:
     return AutoFlow(model, count_components=count_components)
 
 
-def _recentring_of(checkpoint: str | os.PathLike[str], joint: LogJoint) -> Recentre | None:
-    """The recentring of the guide in a checkpoint, if it has one."""
-    tensors = load_module(checkpoint)
+def _recentring_of(tensors: Mapping[str, Tensor], joint: LogJoint) -> Recentre | None:
+    """The recentring of the guide whose state this is, if it has one."""
     keys = [RECENTRING + name for name in ("precision", "shift")]
     return Recentre(joint, *(tensors[key] for key in keys)) if keys[0] in tensors else None
 

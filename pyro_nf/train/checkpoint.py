@@ -64,32 +64,22 @@ def save_state(path: str | os.PathLike[str], state: TrainingState) -> None:
     save_tensors(path, KIND, tensors, header)
 
 
-def load_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the settings of the fit that wrote a checkpoint.
+def load_fit(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what is needed to build anew the module of the fit that wrote a checkpoint.
 
     Args:
         path: The file.
+
+    Returns:
+        The settings of the fit, and the tensors of its module by their names.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, corrupt or of a newer version.
     """
-    settings: dict[str, Any] = load_tensors(path, KIND)[1]["settings"]
-    return settings
-
-
-def load_module(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of the module of the fit that wrote a checkpoint.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, corrupt or of a newer version.
-    """
-    tensors = load_tensors(path, KIND)[0]
-    return {k.removeprefix("module/"): t for k, t in tensors.items() if k.startswith("module/")}
+    tensors, header = load_tensors(path, KIND)
+    module = {k.removeprefix("module/"): t for k, t in tensors.items() if k.startswith("module/")}
+    return header["settings"], module
 
 
 def load_state(
