@@ -32,6 +32,9 @@ class Recentre(FlowTransform):
             latents. Default: 0, for which the coordinates are non-centred.
         shift: b, shape ``(D,)``; 0 by default.
 
+    Raises:
+        RuntimeError: When it is called after unpickling.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> def model():
