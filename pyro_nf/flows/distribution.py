@@ -102,7 +102,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if self._validate_args and self.transform.codomain is not dist.constraints.real_vector:
             self._validate_sample(value)
         x, ladj = self.transform.inverse_and_ladj(value)
-        return self.base_dist.log_prob(x) + ladj
+        return _zero_if_too_far(self.base_dist.log_prob(x) + ladj, value)
 
     def _state(self) -> Tensor:
         """Every number that the density depends on: version counters miss fused optimisers."""
@@ -117,6 +117,19 @@ class FlowDistribution(dist.TransformedDistribution):
 def _is_inside_transform(tensor: Tensor) -> bool:
     """Whether torch.func is transforming what is computed: then values cannot be compared."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _zero_if_too_far(log_prob: Tensor, value: Tensor) -> Tensor:
+    """The log density, with -inf where numbers overflow on the way to it, which makes NaN of them.
+
+    NaN stays where ``value`` has it.
+    """
+    can_look = value.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or _is_inside_transform(log_prob)
+    )
+    if can_look and not bool(log_prob.isnan().any()):  # as is the rule
+        return log_prob
+    return torch.where(log_prob.isnan() & ~value.isnan().any(-1), -torch.inf, log_prob)
 
 
 class _LastSample:

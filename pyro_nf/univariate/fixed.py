@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,10 +11,44 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pyro_nf._checks import check_positive
+from pyro_nf.ops.spaces import inner_point, zero_outside
 from pyro_nf.univariate.base import UnivariateMap
 
 
-class Softsign(UnivariateMap):
+class Onto(UnivariateMap):
+    """A map of the real line onto an interval, safe where numbers round to its ends.
+
+    A subclass writes two formulas. Images that round to an end are moved to the nearest number
+    inside, and so is a ``y`` at an end before it is inverted: both directions are finite wherever
+    their argument is. A ``y`` beyond the ends has the ladj -inf, and so no density.
+
+    Attributes:
+        low: The left end.
+        high: The right end; inf for none.
+    """
+
+    num_params = 0
+    low: float
+    high: float
+
+    @abstractmethod
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``y`` and ``log|dy/dx|``."""
+
+    @abstractmethod
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and ``log|dx/dy|`` for ``y`` inside the interval."""
+
+    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self._formula(inner_point(x, -math.inf, math.inf))
+        return inner_point(y, self.low, self.high), ladj
+
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._inverse_formula(inner_point(y, self.low, self.high))
+        return x, zero_outside(ladj, y, self.codomain)
+
+
+class Softsign(Onto):
     r"""The real line onto :math:`(-1, 1)`, :math:`y = x / (1 + |x|)`; exact inverse.
 
     A wide normal through it has two humps near -1 and 1.
@@ -24,17 +59,17 @@ class Softsign(UnivariateMap):
         [0.5, -0.75]
     """
 
-    num_params = 0
+    low, high = -1.0, 1.0
     codomain = constraints.interval(-1.0, 1.0)
 
-    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x / (1 + x.abs()), -2 * torch.log1p(x.abs())
 
-    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y / (1 - y.abs()), -2 * torch.log1p(-y.abs())
 
 
-class Tanh(UnivariateMap):
+class Tanh(Onto):
     r"""The real line onto :math:`(-1, 1)`, :math:`y = \tanh x`; exact inverse.
 
     Example:
@@ -43,18 +78,18 @@ class Tanh(UnivariateMap):
         0.0
     """
 
-    num_params = 0
+    low, high = -1.0, 1.0
     codomain = constraints.interval(-1.0, 1.0)
 
-    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        # log(1 - tanh^2 x) = 2 (log 2 - x - softplus(-2x)) does not cancel for large x
-        return torch.tanh(x), 2 * (math.log(2.0) - x - F.softplus(-2 * x))
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # log(1 - tanh^2 x) = 2 (log 2 - |x| - softplus(-2|x|)) does not cancel for large x
+        return torch.tanh(x), 2 * (math.log(2.0) - x.abs() - F.softplus(-2 * x.abs()))
 
-    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.atanh(y), -torch.log1p(-y) - torch.log1p(y)
 
 
-class Sigmoid(UnivariateMap):
+class Sigmoid(Onto):
     r"""The real line onto :math:`(0, 1)`, :math:`y = 1 / (1 + e^{-x})`; exact inverse (logit).
 
     Example:
@@ -63,17 +98,17 @@ class Sigmoid(UnivariateMap):
         0.5
     """
 
-    num_params = 0
+    low, high = 0.0, 1.0
     codomain = constraints.unit_interval
 
-    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sigmoid(x), -F.softplus(x) - F.softplus(-x)
 
-    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y.log() - torch.log1p(-y), -y.log() - torch.log1p(-y)
 
 
-class Exp(UnivariateMap):
+class Exp(Onto):
     r"""The real line onto the positive numbers, :math:`y = e^{x}`; exact inverse (log).
 
     Example:
@@ -82,18 +117,18 @@ class Exp(UnivariateMap):
         1.0
     """
 
-    num_params = 0
+    low, high = 0.0, math.inf
     codomain = constraints.positive
 
-    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.exp(), x
 
-    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x = y.log()
         return x, -x
 
 
-class Softplus(UnivariateMap):
+class Softplus(Onto):
     r"""The real line onto the positive numbers, :math:`y = \log(1 + e^{x})`; exact inverse.
 
     Example:
@@ -103,13 +138,13 @@ class Softplus(UnivariateMap):
         0.6931
     """
 
-    num_params = 0
+    low, high = 0.0, math.inf
     codomain = constraints.positive
 
-    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _formula(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.softplus(x), -F.softplus(-x)
 
-    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_formula(self, y: Tensor) -> tuple[Tensor, Tensor]:
         log_dy_dx = torch.log(-torch.expm1(-y))  # log sigmoid(x) = log(1 - e^-y)
         return y + log_dy_dx, -log_dy_dx
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pyro_nf._checks import check_count, check_positive
 from pyro_nf.ops.layout import turned
+from pyro_nf.ops.spaces import zero_outside
 from pyro_nf.ops.spline import MIN_BIN, Bin, find_bin, forward_in_bin, inverse_in_bin
 from pyro_nf.univariate.base import UnivariateMap
 
@@ -19,7 +20,8 @@ class RationalQuadratic(UnivariateMap):
     On the interval the map is a ratio of two quadratics between neighbouring knots, with the
     parameters as bin widths, bin heights and slopes. By default the interval is
     :math:`(-b, b)` and the tails outside are the identity, joined with slope 1. With ``interval``
-    the map takes that interval onto itself, with free slopes at its ends and no tails.
+    the map takes that interval onto itself, with free slopes at its ends and no tails; points
+    outside go to its ends and have the ladj -inf.
 
     *Neural Spline Flows* (Durkan, Bekasov, Murray, Papamakarios, 2019).
 
@@ -90,4 +92,7 @@ class RationalQuadratic(UnivariateMap):
             tail = (value <= self._low) | (value >= self._high)
             image = torch.where(tail, value, image)
             ladj = torch.where(tail, torch.zeros_like(ladj), ladj)
+        else:
+            image = image.clamp(self._low, self._high)  # rounding must not lead out of it
+            ladj = zero_outside(ladj, value, self.domain)
         return turned(image), turned(ladj)
