@@ -17,6 +17,7 @@ from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.student import StudentT
+from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.base import FlowTransform
 
 P = ParamSpec("P")
@@ -53,7 +54,8 @@ class Flow(nn.Module):
         base: Makes the base distribution; standard normals by default.
 
     Raises:
-        ValueError: If the sizes of the two differ, or neither names one.
+        ValueError: If the sizes of the two differ, or neither names one, or if the base draws
+            points that the transform does not take.
         TypeError: If an argument is of another kind.
 
     Example:
@@ -84,6 +86,13 @@ class Flow(nn.Module):
             raise ValueError(
                 f"Flow: the transform has input_dim {transform.input_dim}, but the base has "
                 f"input_dim {base.input_dim}."
+            )
+        support = base().support
+        if not is_within(support, transform.domain):
+            raise ValueError(
+                f"Flow: the base {type(base).__name__} draws from {describe(support)}, but the "
+                f"transform {type(transform).__name__} takes {describe(transform.domain)}. Take a "
+                "base on that space, or put a map onto it first in the chain."
             )
         self.base = base
         self.transform = transform

@@ -31,8 +31,9 @@ arrives, the network must be given :math:`\bar\theta` and ``v`` in addition :mat
 
 .. math::
     \bar\theta = \tau + G^\top \mu, \qquad \mu = N^\top \bar\theta, \qquad
-    \bar v = (\partial g/\partial v)^\top \mu.
+    \bar v = (\partial g/\partial v)^\top \mu,
 
+and weights :math:`\phi` that ``g`` has of its own :math:`(\partial g/\partial\phi)^\top \mu`.
 :math:`N^\top` is a chain of transposed weights and slopes of activations, so this is such a ring
 again, and read backwards it is block lower triangular: :func:`substitute` solves it too. And as all
 of it is linear, groups can be solved many at once, by the triangular Jacobian of each row, which
@@ -42,7 +43,7 @@ is what few rows are best at. The path gradient is the same task (:func:`solve_t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -52,7 +53,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_nf.nn.masked import Groups, MaskedLinear, MaskedNet, propagate
-from pyro_nf.ops.gradients import derivative
+from pyro_nf.ops.gradients import apart, derivative
 from pyro_nf.ops.layout import features_first
 
 # Halving ends at leaves of about LEAF_UNITS hidden units, but no fewer than FEWEST_GROUPS and no
@@ -88,7 +89,8 @@ def solve(
 
     Args:
         net: The network of :math:`\theta`.
-        g: One direction of a univariate map. It is called in inference mode first.
+        g: One direction of a univariate map. It is called without gradients first. If it is a
+            method of a Module, the gradient reaches the parameters of that too.
         v: Shape ``(..., D)``.
         context: Shape ``(..., C)``, whose batch broadcasts to that of ``v``; None if there is none.
         leaf: A quicker way through the leaves of the substitution; made for ``net`` and ``g``.
@@ -111,6 +113,7 @@ def solve(
     plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups, leaf)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     offset, columns = net.offset(v.shape[:-1], context), features_first(v)
+    own = [p for p in _parameters_of(g) if p.requires_grad]
     with torch.no_grad():
         start = offset.expand(-1, columns.shape[-1])
         # apply serves vmap alone, and costs as much as one coordinate does
@@ -118,12 +121,20 @@ def solve(
         z, ladj = run(plan, columns, start, *weights, *biases[1:])
         z, ladj = z.T.reshape(v.shape), ladj.reshape(v.shape[:-1])
     if not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (v, offset, *weights, *biases))
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in (v, offset, *weights, *biases, *own))
     ):
         return z, ladj
-    theta = _with_implicit_gradient(plan, columns, net.sums(z, context), weights)
-    z, ladj = g(v, theta.T.reshape(*v.shape, net.num_params))
+    sums = net.sums(z, context)
+    theta = _with_implicit_gradient(plan, columns, sums, weights, bool(own))
+    z, ladj = g(apart(v), theta.T.reshape(*v.shape, net.num_params))
     return z, ladj.sum(-1)
+
+
+def _parameters_of(g: Map) -> Iterator[Tensor]:
+    """Those of the Module that ``g`` is a method of; of anything else there are none."""
+    owner = getattr(g, "__self__", None)
+    return owner.parameters() if isinstance(owner, nn.Module) else iter(())
 
 
 @torch.compiler.disable
@@ -267,15 +278,12 @@ class _Solve(torch.autograd.Function):
     def forward(
         plan: _Plan, v: Tensor, start: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        count = len(plan.masks)
-        weights, biases = parameters[:count], parameters[count:]
-        few = v.shape[-1] <= FEW_ROWS and plan.leaf is None
-        # Made out here they stay ordinary tensors.
-        z, ladj = v.clone(memory_format=torch.contiguous_format), v.new_zeros(v.shape[-1])
-        with torch.inference_mode():  # makes all the small calls some 10 % cheaper
-            if not (few and _by_passes(plan, z, ladj, start, weights, biases)):
-                _by_substitution(plan, z, ladj, start, weights, biases)
-        return z, ladj
+        try:
+            with torch.inference_mode():  # makes all the small calls some 10 % cheaper
+                return _solved(plan, v, start, parameters)
+        except RuntimeError:
+            # In that mode autograd is off for good: a map that takes its slope by autograd fails.
+            return _solved(plan, v, start, parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -284,6 +292,20 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: _Plan, *tensors: Tensor) -> Any:
         return _fold_vmap(_Solve, info.batch_size, in_dims, plan, tensors, 2 * len(plan.masks) - 1)
+
+
+def _solved(
+    plan: _Plan, v: Tensor, start: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The solution and its ladj, as ordinary tensors, whatever the mode."""
+    count = len(plan.masks)
+    weights, biases = parameters[:count], parameters[count:]
+    with torch.inference_mode(False), torch.no_grad():
+        z, ladj = v.clone(memory_format=torch.contiguous_format), v.new_zeros(v.shape[-1])
+    few = v.shape[-1] <= FEW_ROWS and plan.leaf is None
+    if not (few and _by_passes(plan, z, ladj, start, weights, biases)):
+        _by_substitution(plan, z, ladj, start, weights, biases)
+    return z, ladj
 
 
 def _by_passes(
@@ -365,54 +387,90 @@ def _by_substitution(
 
 
 def _with_implicit_gradient(
-    plan: _Plan, v: Tensor, sums: Sequence[Tensor], weights: Sequence[Tensor]
+    plan: _Plan,
+    v: Tensor,
+    sums: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_weights: bool = False,
 ) -> Tensor:
-    r"""Returns :math:`\theta`, the last of the sums at the solution, with its whole gradient."""
+    r"""Returns :math:`\theta`, the last of the sums at the solution, with its whole gradient.
+
+    Args:
+        plan: The plan of the solve.
+        v: Features first.
+        sums: What the network's sums are at the solution, features first.
+        weights: Of the network.
+        has_weights: Whether the map has weights of its own that learn.
+    """
+
+    def image(v: Tensor, theta: Tensor) -> Tensor:
+        return plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))[0].T
 
     def pointwise(v: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
         *hidden, theta = sums
-        z, _ = plan.g(v.T, theta.T.unflatten(-1, (len(v), -1)))
-        return *(plan.activation(s.clone()) for s in hidden), z.T
+        return *(plan.activation(s.clone()) for s in hidden), image(v, theta)
 
-    # The type of vjp cannot say that without an auxiliary output it returns a pair.
-    images, pull = torch.func.vjp(pointwise, *(t.detach() for t in (v, *sums)))  # type: ignore[misc]
-    slopes = pull(tuple(torch.ones_like(image) for image in images))
-    return _ImplicitGradient.apply(plan, v, sums[-1], *slopes, *(w.detach() for w in weights))
+    slopes = _slopes(pointwise, [t.detach() for t in (v, *sums)])
+    # Of v and theta the slopes are known; only the map's own weights need a graph.
+    z = image(v.detach(), sums[-1].detach()) if has_weights else None
+    return _ImplicitGradient.apply(plan, v, sums[-1], z, *slopes, *(w.detach() for w in weights))
+
+
+def _slopes(
+    pointwise: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The gradients of the sum of all images of a function that acts on each number alone."""
+    if torch._C._are_functorch_transforms_active():
+        # The type of vjp cannot say that without an auxiliary output it returns a pair.
+        images, pull = torch.func.vjp(pointwise, *inputs)  # type: ignore[misc]
+        return tuple(pull(tuple(torch.ones_like(image) for image in images)))
+    with torch.enable_grad():
+        leaves = [t.requires_grad_() for t in inputs]
+        images = pointwise(*leaves)
+        ones = [torch.ones_like(image) for image in images]
+        return torch.autograd.grad(images, leaves, ones, materialize_grads=True)
 
 
 class _ImplicitGradient(torch.autograd.Function):
-    r"""The identity of :math:`\theta`; its backward gives :math:`\bar v` and :math:`\bar\theta`."""
+    r"""The identity of :math:`\theta`; its backward gives :math:`\bar v` and :math:`\bar\theta`.
+
+    It gives :math:`\mu` to the image ``z``, if there is one, and so to the weights of the map.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(plan: _Plan, v: Tensor, theta: Tensor, *slopes_and_weights: Tensor) -> Tensor:
+    def forward(
+        plan: _Plan, v: Tensor, theta: Tensor, z: Tensor | None, *slopes_and_weights: Tensor
+    ) -> Tensor:
         return theta.view_as(theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.plan, _, _, *slopes_and_weights = inputs
+        ctx.plan, _, _, z, *slopes_and_weights = inputs
+        ctx.has_weights = z is not None
         ctx.save_for_backward(*slopes_and_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, tau: Tensor) -> tuple[Tensor | None, ...]:
-        grad_v, grad_theta = _SolveTransposed.apply(ctx.plan, tau, *ctx.saved_tensors)
-        return None, grad_v, grad_theta, *(None for _ in ctx.saved_tensors)
+        slope_v, *rest = ctx.saved_tensors
+        mu, grad_theta = _SolveTransposed.apply(ctx.plan, tau, *rest)
+        grad_z = mu if ctx.has_weights else None
+        return None, slope_v * mu, grad_theta, grad_z, *(None for _ in ctx.saved_tensors)
 
 
 class _SolveTransposed(torch.autograd.Function):
-    r""":math:`\bar v` and :math:`\bar\theta`, of :math:`\tau` and of the slopes at the solution."""
+    r""":math:`\mu` and :math:`\bar\theta`, of :math:`\tau` and of the slopes at the solution."""
 
     @staticmethod
     def forward(plan: _Plan, tau: Tensor, *slopes_and_weights: Tensor) -> tuple[Tensor, Tensor]:
         count = len(plan.masks)
-        slope_v, *slopes = slopes_and_weights[:-count]
-        weights = slopes_and_weights[-count:]
+        slopes, weights = slopes_and_weights[:-count], slopes_and_weights[-count:]
         with torch.inference_mode():
             mu = _solve_transposed(plan.groups, plan.skips, plan.masks, weights, slopes, tau)
             theta_bar = tau + _given_to_parameters(slopes[-1], mu)
-        return slope_v * mu, theta_bar.clone()
+        return mu.clone(), theta_bar.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -54,6 +54,21 @@ def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value.sum(), inputs, retain_graph=True, materialize_grads=True)
 
 
+def apart(x: Tensor) -> Tensor:
+    """The same numbers as a node of their own in the graph.
+
+    A slope by autograd is then that of what is computed from this node alone, although parameters
+    beside it may have been computed from ``x`` too.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> node, params = apart(x), 2 * x
+        >>> torch.autograd.grad((node * params).sum(), node)[0].tolist()
+        [2.0, 2.0]
+    """
+    return x.view_as(x) if x.requires_grad else x
+
+
 def derivative(activation: nn.Module, s: Tensor) -> Tensor:
     r"""Returns :math:`\sigma'(s)` of an activation that acts on each number alone, without a graph.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import Map, solve, solve_transposed
+from pyro_nf.ops.gradients import apart
 from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.transforms.compiled_leaf import compiled_leaf
@@ -76,6 +77,7 @@ class Autoregressive(FlowTransform):
         super().__init__(input_dim, context_dim)
         if fast not in ("inverse", "forward"):
             raise ValueError(f'Autoregressive: fast must be "inverse" or "forward", got {fast!r}.')
+        univariate.refuse_hidden_weights("Autoregressive")
         self.univariate = univariate
         self.fast = fast
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
@@ -114,7 +116,7 @@ class Autoregressive(FlowTransform):
         v = self._sorted(value)
         if one_pass:
             v = in_columns(v)  # as the parameters lie in memory
-            z, ladj = direction(v, self.net(v, context))
+            z, ladj = direction(apart(v), self.net(v, context))
             ladj = ladj.sum(-1)
         else:
             leaf = compiled_leaf(self.univariate, self.fast == "forward", self.net, v)
@@ -141,7 +143,7 @@ class Autoregressive(FlowTransform):
         v = in_columns(self._sorted(x))
         sums = self.net.sums(v, context)
         params = sums[-1].T.reshape(*v.shape, self.univariate.num_params)
-        y, ladj = self.univariate.forward_and_ladj(v, params)
+        y, ladj = self.univariate.forward_and_ladj(apart(v), params)
         with torch.no_grad():
             x_y, x_params, ladj_x, ladj_params = self.univariate.slopes(v, params)
             rest = in_columns(self._sorted(score)) - ladj_x

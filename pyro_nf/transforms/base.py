@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from typing import Literal, cast
 
@@ -16,12 +17,20 @@ from torch.distributions.constraints import independent
 
 from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
 from pyro_nf.ops.gradients import gradients
+from pyro_nf.ops.spaces import describe, is_within
 
 # Above this many dimensions a slow but exact inverse costs less than a Jacobian.
 _MAX_JACOBIAN_DIM = 32
 
 Fast = Literal["forward", "inverse", "both", "neither"]
 InverseKind = Literal["exact", "numeric"]
+
+
+def _without_needless_graph(value: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without a graph where nobody wants one: a slope by autograd makes one all the same."""
+    if (value.requires_grad or ladj.requires_grad) and not torch.is_grad_enabled():
+        return value.detach(), ladj.detach()
+    return value, ladj
 
 
 def over_vectors(space: constraints.Constraint) -> constraints.Constraint:
@@ -94,7 +103,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
             TypeError: If an argument is not a floating tensor.
         """
         x = self._expand("x", x, context, self.domain)
-        y, ladj = self._forward_and_ladj(x, context)
+        y, ladj = _without_needless_graph(*self._forward_and_ladj(x, context))
         return y.contiguous(), ladj  # draws are for the user, who may call y.view
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,7 +121,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
             ValueError: If a shape is wrong, or the context is missing or superfluous.
             TypeError: If an argument is not a floating tensor.
         """
-        return self._inverse_and_ladj(self._expand("y", y, context, self.codomain), context)
+        y = self._expand("y", y, context, self.codomain)
+        return _without_needless_graph(*self._inverse_and_ladj(y, context))
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -318,7 +328,8 @@ class Chain(FlowTransform):
         parts: Transforms in forward order, at least one.
 
     Raises:
-        ValueError: If there is no part, or if neighbours do not fit.
+        ValueError: If there is no part, or if neighbours do not fit: their sizes differ, or what
+            the one makes lies outside of what the next one takes.
         TypeError: If a part is not a FlowTransform.
 
     Example:
@@ -338,6 +349,13 @@ class Chain(FlowTransform):
                 )
         if not parts:
             raise ValueError("Chain: needs at least one part, got none.")
+        for i, (part, following) in enumerate(pairwise(parts)):
+            if not is_within(part.codomain, following.domain):
+                raise ValueError(
+                    f"Chain: part {i}, {type(part).__name__}, makes {_points(part.codomain)}, but "
+                    f"part {i + 1}, {type(following).__name__}, takes {_points(following.domain)}. "
+                    "Put a map from the one onto the other between them, or change their order."
+                )
         input_dim = _common_dim("input_dim", [p.input_dim for p in parts if p.input_dim])
         context_dim = _common_dim("context_dim", [p.context_dim for p in parts if p.context_dim])
         super().__init__(input_dim, context_dim or 0)
@@ -380,6 +398,12 @@ class Chain(FlowTransform):
         for part in reversed(self._parts()):
             y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
         return y
+
+
+def _points(space: constraints.Constraint) -> str:
+    """A space in words, with the number of dimensions of its events."""
+    kind = {0: "single numbers", 1: "vectors"}.get(space.event_dim, f"{space.event_dim}-D events")
+    return f"{kind} in {describe(space)}"
 
 
 def _common_dim(name: str, dims: list[int]) -> int | None:

@@ -56,6 +56,7 @@ class Coupling(FlowTransform):
         swap: bool = False,
     ) -> None:
         super().__init__(input_dim, context_dim)
+        univariate.refuse_hidden_weights("Coupling")
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
         self.domain = over_vectors(univariate.domain)

@@ -49,6 +49,7 @@ class Elementwise(FlowTransform):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(input_dim, context_dim)
+        univariate.refuse_hidden_weights("Elementwise")
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
         self.domain = over_vectors(univariate.domain)

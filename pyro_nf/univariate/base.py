@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_nf.ops.gradients import gradients
@@ -29,7 +29,7 @@ class Slopes(NamedTuple):
 
 
 class UnivariateMap(ABC):
-    r"""A stateless increasing map of one number, :math:`y = u(x; \theta)`.
+    r"""An increasing map of one number, :math:`y = u(x; \theta)`.
 
     Every map serves every scheme: elementwise, coupling and autoregressive transforms apply it
     coordinate by coordinate, with the parameters that their conditioner computes.
@@ -38,6 +38,10 @@ class UnivariateMap(ABC):
     unconstrained, ``ladj`` is ``(..., D)``. ``params = 0`` is the identity. The ``ladj`` that a
     method returns belongs to the direction it computes: ``forward_and_ladj`` returns
     :math:`\log|dy/dx|`, ``inverse_and_ladj`` returns :math:`\log|dx/dy|`.
+
+    A map has no state, as a rule. One that has weights of its own, which all coordinates share, is
+    a :class:`torch.nn.Module` too: ``class MyMap(UnivariateMap, nn.Module)``. It may take its slope
+    by autograd, inside ``torch.enable_grad()``.
 
     Attributes:
         num_params: How many unconstrained numbers :math:`\theta` has.
@@ -67,6 +71,25 @@ class UnivariateMap(ABC):
             (y_params,), (ladj_x, ladj_params) = gradients(y, params), gradients(ladj, x, params)
         x_y = (-ladj.detach()).exp()
         return Slopes(x_y, -y_params * x_y.unsqueeze(-1), ladj_x, ladj_params)
+
+    def refuse_hidden_weights(self, owner: str) -> None:
+        """Raises if the map has weights that a transform made with it would neither train nor save.
+
+        Args:
+            owner: The transform that asks.
+
+        Raises:
+            TypeError: If a Module or a tensor that learns belongs to a map that is no Module.
+        """
+        if isinstance(self, nn.Module):
+            return
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad):
+                raise TypeError(
+                    f"{owner}: the map {type(self).__name__} has weights in {name!r}, but it is no "
+                    "torch.nn.Module, so nothing would train, move or save them; write class "
+                    f"{type(self).__name__}(UnivariateMap, torch.nn.Module)."
+                )
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in sorted(vars(self).items()) if k[0] != "_")
