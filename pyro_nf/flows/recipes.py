@@ -17,6 +17,10 @@ from pyro_nf.transforms.planar import Planar
 from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.spline import RationalQuadratic
 
+# The layers of a stack scale by at most e^6 together. That is ample, since what stands beside them
+# (linear maps, ActNorm) is free; where each layer has as much, their products overflow.
+MAX_LOG_SCALE = 6.0
+
 
 def _stack(
     name: str,
@@ -97,6 +101,7 @@ def realnvp(
     *,
     count_layers: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = MAX_LOG_SCALE,
 ) -> Flow:
     """RealNVP: affine couplings that take turns. Both directions fast, exact inverse.
 
@@ -107,6 +112,7 @@ def realnvp(
         context_dim: Width of the context, 0 for none.
         count_layers: How many couplings.
         hidden_dims: Widths of the hidden layers of each conditioner.
+        max_log_scale: The bound on the absolute log-scales of all layers together.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -116,8 +122,11 @@ def realnvp(
         torch.Size([2, 3])
     """
 
+    check_count("realnvp", "count_layers", count_layers)
+    univariate = Affine(max_log_scale / count_layers)
+
     def layer(swap: bool) -> list[FlowTransform]:
-        return [Coupling(Affine(), input_dim, context_dim, hidden_dims=hidden_dims, swap=swap)]
+        return [Coupling(univariate, input_dim, context_dim, hidden_dims=hidden_dims, swap=swap)]
 
     return _stack("realnvp", count_layers, layer, ActNorm(input_dim))
 
@@ -129,6 +138,7 @@ def glow(
     *,
     count_layers: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = MAX_LOG_SCALE,
 ) -> Flow:
     """Glow for vectors: affine coupling, LU linear, ActNorm. Both directions fast, exact inverse.
 
@@ -139,6 +149,7 @@ def glow(
         context_dim: Width of the context, 0 for none.
         count_layers: How many steps of the three.
         hidden_dims: Widths of the hidden layers of each conditioner.
+        max_log_scale: The bound on the absolute log-scales of all layers together.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -148,9 +159,12 @@ def glow(
         torch.Size([2, 3])
     """
 
+    check_count("glow", "count_layers", count_layers)
+    univariate = Affine(max_log_scale / count_layers)
+
     def layer(swap: bool) -> list[FlowTransform]:
         return [
-            Coupling(Affine(), input_dim, context_dim, hidden_dims=hidden_dims, swap=swap),
+            Coupling(univariate, input_dim, context_dim, hidden_dims=hidden_dims, swap=swap),
             LULinear(input_dim),
             ActNorm(input_dim),
         ]
@@ -165,6 +179,7 @@ def maf(
     *,
     count_layers: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
+    max_log_scale: float = MAX_LOG_SCALE,
 ) -> Flow:
     """Masked autoregressive flow: the order turns round from layer to layer.
 
@@ -177,6 +192,7 @@ def maf(
         context_dim: Width of the context, 0 for none.
         count_layers: How many autoregressive layers.
         hidden_dims: Widths of the hidden layers of each masked network.
+        max_log_scale: The bound on the absolute log-scales of all layers together.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -186,10 +202,13 @@ def maf(
         torch.Size([2, 3])
     """
 
+    check_count("maf", "count_layers", count_layers)
+    univariate = Affine(max_log_scale / count_layers)
+
     def layer(reverse: bool) -> list[FlowTransform]:
         return [
             Autoregressive(
-                Affine(), input_dim, context_dim, hidden_dims=hidden_dims, reverse=reverse
+                univariate, input_dim, context_dim, hidden_dims=hidden_dims, reverse=reverse
             )
         ]
 
@@ -203,6 +222,7 @@ def iaf(
     *,
     count_layers: int = 3,
     hidden_dims: Sequence[int] = (64,),
+    max_log_scale: float = MAX_LOG_SCALE,
 ) -> Flow:
     """Inverse autoregressive flow: the order turns round from layer to layer.
 
@@ -217,6 +237,7 @@ def iaf(
         context_dim: Width of the context, 0 for none.
         count_layers: How many autoregressive layers.
         hidden_dims: Widths of the hidden layers of each masked network.
+        max_log_scale: The bound on the absolute log-scales of all layers together.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -226,10 +247,13 @@ def iaf(
         torch.Size([2, 3])
     """
 
+    check_count("iaf", "count_layers", count_layers)
+    univariate = Affine(max_log_scale / count_layers)
+
     def layer(reverse: bool) -> list[FlowTransform]:
         return [
             Autoregressive(
-                Affine(),
+                univariate,
                 input_dim,
                 context_dim,
                 hidden_dims=hidden_dims,

@@ -25,7 +25,7 @@ from pyro_nf.flows.recipes import nsf
 from pyro_nf.infer.gaussians import MAX_FULL_DIM
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.recentre import Recentre
-from pyro_nf.infer.recipe import affine_base, autoregressive_layers
+from pyro_nf.infer.recipe import affine_base, autoregressive_layers, light_layers
 from pyro_nf.infer.sites import (
     InitLocFn,
     Model,
@@ -45,6 +45,8 @@ FlowFactory = Callable[[int], Flow | FlowTransform]
 # How many parts of a guide's flow learn: the flow itself and the affine base. The rest are the
 # coordinates of learning.
 _LEARNING = 2
+# How the names of the tensors begin that only the flow of a start has: those of its second layer.
+_FULL = "transform.parts.0.parts.2."
 #: How the names of a recentring's tensors begin in the state of a guide's flow.
 RECENTRING = f"transform.parts.{_LEARNING + 1}."
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
@@ -56,12 +58,11 @@ _MOVE = 0.1
 
 
 def auto_flow(latent_dim: int) -> FlowTransform:
-    """The flow that ``flow="auto"`` takes: what fits most posteriors of that dimension.
+    """The flow that ``flow="auto"`` takes in plain ``SVI``: cheap, and bounded in what it stretches.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
-    More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`: skewness and tails of each, then
-    six affine layers, four above 20 coordinates, with a hidden layer of 64 to 256 units that widens
-    with the dimension.
+    More get :func:`~pyro_nf.infer.recipe.light_layers`: skewness and tails of each, then one
+    autoregressive layer.
 
     Args:
         latent_dim: The number of unconstrained coordinates.
@@ -70,9 +71,28 @@ def auto_flow(latent_dim: int) -> FlowTransform:
         >>> auto_flow(1).fast, auto_flow(5).fast
         ('both', 'forward')
     """
-    if latent_dim == 1:
-        return nsf(1, count_layers=2).transform
-    return autoregressive_layers(latent_dim)
+    return _splines() if latent_dim == 1 else light_layers(latent_dim)
+
+
+def full_flow(latent_dim: int) -> FlowTransform:
+    """The flow that ``flow="auto"`` takes in the coordinates of a start: what fits most posteriors.
+
+    One coordinate gets splines. More get :func:`~pyro_nf.infer.recipe.autoregressive_layers`:
+    skewness and tails of each, then six affine layers, four above 20 coordinates, with a hidden
+    layer of 64 to 256 units that widens with the dimension.
+
+    Args:
+        latent_dim: The number of unconstrained coordinates.
+
+    Example:
+        >>> len(full_flow(5).parts)
+        7
+    """
+    return _splines() if latent_dim == 1 else autoregressive_layers(latent_dim)
+
+
+def _splines() -> FlowTransform:
+    return nsf(1, count_layers=2).transform
 
 
 class AutoFlow(AutoContinuous):
@@ -99,7 +119,8 @@ class AutoFlow(AutoContinuous):
         model: A Pyro model.
         flow: Makes ``f`` from the number of coordinates: a recipe of :mod:`pyro_nf.flows`, a
             factory of :mod:`pyro_nf.transforms`, any callable that returns a Flow or a
-            FlowTransform, or "auto" for :func:`auto_flow`.
+            FlowTransform, or "auto" for :func:`auto_flow`, which becomes :func:`full_flow` in
+            :meth:`start_at` (and so in :func:`~pyro_nf.infer.fit.fit_svi`).
         init_loc_fn: One of Pyro's ``init_to_*`` functions.
         init_scale: Standard deviation of each unconstrained coordinate at the start, and the unit
             that learning goes by. Far below that of the posterior the flow must stretch so much
@@ -146,6 +167,7 @@ class AutoFlow(AutoContinuous):
         self._plain_model = (model,)  # in a tuple, lest a Module become part of the guide
         self.init_scale = init_scale
         self.count_components = count_components
+        self._is_auto = isinstance(flow, str)
         self._factory: FlowFactory = auto_flow if isinstance(flow, str) else flow
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
@@ -305,6 +327,9 @@ class AutoFlow(AutoContinuous):
     def start_at(self, start: Start | GaussianMixture, recentring: Recentre | None = None) -> None:
         """Learns from now on in the coordinates of a Gaussian, and starts at that Gaussian.
 
+        An automatic flow gets all its layers, :func:`full_flow`: they suit coordinates in which the
+        posterior is nearly standard normal.
+
         Args:
             start: What :func:`pyro_nf.infer.start.laplace_start` found, or, for a guide with as
                 many components, what :func:`pyro_nf.infer.tempering.separated_mixture` found.
@@ -314,6 +339,7 @@ class AutoFlow(AutoContinuous):
             ValueError: If the number of components differs.
             RuntimeError: Before :meth:`setup`.
         """
+        self._take_layers(full_flow)
         self.recentre(recentring)
         flow = self._ready()
         if isinstance(start, GaussianMixture):
@@ -331,6 +357,14 @@ class AutoFlow(AutoContinuous):
         ):
             mine.load_state_dict(given.state_dict())
 
+    def _take_layers(self, factory: FlowFactory) -> None:
+        """Exchanges the layers of an automatic flow, if they are not those of the factory."""
+        parts = self._parts()
+        if self._is_auto and self._factory is not factory:
+            self._factory = factory
+            made = cast(FlowTransform, factory(self.latent_dim)).to(self.coordinates.loc)
+            self.flow = Flow(Chain([made, *parts[1:]]), self.flow.base)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes the state of another guide of this model, its recentring included.
 
@@ -339,6 +373,8 @@ class AutoFlow(AutoContinuous):
             *args: As in ``torch.nn.Module``.
             **kwargs: As in ``torch.nn.Module``.
         """
+        is_full = any(key.startswith(f"flow.{_FULL}") for key in state_dict)
+        self._take_layers(full_flow if is_full else auto_flow)
         self._expect_recentring(f"flow.{RECENTRING}precision" in state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -488,6 +524,8 @@ class AutoFlow(AutoContinuous):
 
     def _take_from_param_store(self) -> None:
         store = pyro.get_param_store()
+        if any(key.startswith(self._store_name(_FULL)) for key in store.keys()):
+            self._take_layers(full_flow)
         self._expect_recentring(self._store_name(f"{RECENTRING}precision") in store)
         for key, tensor in self._in_param_store().items():
             if key in store and store[key].shape != tensor.shape:

@@ -12,9 +12,12 @@ from pyro_nf.transforms.base import FlowTransform
 class LowerAffine(FlowTransform):
     r"""A full lower-triangular affine map, :math:`y = m + L x`.
 
-    ``L`` has the diagonal :math:`e^{s}`, so that the ladj is :math:`\sum s`. Applied to standard
-    normals it is the full-rank Gaussian. Both directions cost :math:`D^2` a point, the inverse by a
-    triangular solve, exact. At zero parameters it is the identity.
+    .. math:: L = \operatorname{diag}(e^s) \, (I + T), \qquad T \text{ strictly lower triangular}
+
+    The ladj is :math:`\sum s`. ``T`` is relative to the scale of its row, so that a step of an
+    optimiser changes a narrow coordinate by little. Applied to standard normals it is the full-rank
+    Gaussian. Both directions cost :math:`D^2` a point, the inverse by a triangular solve, exact. At
+    zero parameters it is the identity.
 
     *Automatic Differentiation Variational Inference* (Kucukelbir, Tran, Ranganath, Gelman, Blei,
     2017).
@@ -35,12 +38,13 @@ class LowerAffine(FlowTransform):
         super().__init__(input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
-        self.triangle = nn.Parameter(torch.zeros(input_dim, input_dim))
+        self.unit_triangle = nn.Parameter(torch.zeros(input_dim, input_dim))
 
     @property
     def scale_tril(self) -> Tensor:
         """L, shape ``(D, D)``."""
-        return self.triangle.tril(-1) + self.log_diagonal.exp().diag_embed()
+        scale = self.log_diagonal.exp()
+        return torch.addcmul(scale.diag(), self.unit_triangle.tril(-1), scale.unsqueeze(-1))
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.loc + x @ self.scale_tril.mT

@@ -1,6 +1,6 @@
 """Stateless increasing maps of one number."""
 
-from pyro_nf.univariate.affine import Additive, Affine
+from pyro_nf.univariate.affine import Additive, Affine, SmoothAffine
 from pyro_nf.univariate.base import UnivariateMap
 from pyro_nf.univariate.fixed import Exp, LeakyReLU, Sigmoid, Softplus, Softsign, Tanh
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
@@ -15,6 +15,7 @@ __all__ = [
     "Sigmoid",
     "SinhArcsinh",
     "Softplus",
+    "SmoothAffine",
     "Softsign",
     "Tanh",
     "UnivariateMap",

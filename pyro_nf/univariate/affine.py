@@ -95,6 +95,58 @@ class Affine(UnivariateMap):
         return (y - t) * ladj.exp(), ladj
 
 
+class SmoothAffine(UnivariateMap):
+    r"""Shift and scale within smooth bounds, :math:`y = t + x e^{s}`, with an exact inverse.
+
+    .. math::
+        t = b_t \tanh(c \, \theta_1 / b_t), \qquad s = b_s \tanh(c \, \theta_2 / b_s)
+
+    Whatever the parameters, a point is moved by at most :math:`b_t` and stretched by at most
+    :math:`e^{b_s}`. A network with many units changes its outputs by many times the learning rate
+    in a step; the factor :math:`c` makes up for that, so that one learning rate suits the network
+    and the free numbers beside it.
+
+    Args:
+        max_shift: The bound :math:`b_t` on the absolute shift.
+        max_log_scale: The bound :math:`b_s` on the absolute log-scale.
+        gain: The factor :math:`c`.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Example:
+        >>> import torch
+        >>> y, ladj = SmoothAffine().forward_and_ladj(torch.zeros(1), torch.full((1, 2), 1e6))
+        >>> y.tolist(), ladj.tolist()
+        ([10.0], [3.0])
+    """
+
+    num_params = 2
+
+    def __init__(
+        self, max_shift: float = 10.0, max_log_scale: float = 3.0, gain: float = 1.0
+    ) -> None:
+        check_positive("SmoothAffine", "max_shift", max_shift)
+        check_positive("SmoothAffine", "max_log_scale", max_log_scale)
+        check_positive("SmoothAffine", "gain", gain)
+        self.max_shift, self.max_log_scale, self.gain = max_shift, max_log_scale, gain
+
+    def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        a, c = (self.gain * params).unbind(-1)
+        return (
+            self.max_shift * torch.tanh(a / self.max_shift),
+            self.max_log_scale * torch.tanh(c / self.max_log_scale),
+        )
+
+    def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        t, s = self._shift_and_log_scale(params)
+        return torch.addcmul(t, x, s.exp()), s
+
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        t, s = self._shift_and_log_scale(params)
+        return (y - t) * (-s).exp(), -s
+
+
 def _by_hand(value: Tensor, params: Tensor) -> bool:
     return torch.is_grad_enabled() and value.shape == params.shape[:-1] and by_hand()
 
