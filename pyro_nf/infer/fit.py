@@ -231,6 +231,7 @@ def fit_svi(
             count = settings.get("count_components", 1)
             guide = _default_guide(joint, count) if guide is None else guide
             guide._build(*args, **kwargs)
+            guide.expect_layers(tensors)
             guide.recentre(_recentring_of(tensors, joint))
         elif guide is None or guide.prototype_trace is None:
             guide, start, learning = _started(guide, joint, seconds, record, seed, clock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -45,8 +45,8 @@ FlowFactory = Callable[[int], Flow | FlowTransform]
 # How many parts of a guide's flow learn: the flow itself and the affine base. The rest are the
 # coordinates of learning.
 _LEARNING = 2
-# How the names of the tensors begin that only the flow of a start has: those of its second layer.
-_FULL = "transform.parts.0.parts.2."
+# What is in the names of the tensors that only the flow of a start has: those of its second layer.
+_SECOND_LAYER = "transform.parts.0.parts.2."
 #: How the names of a recentring's tensors begin in the state of a guide's flow.
 RECENTRING = f"transform.parts.{_LEARNING + 1}."
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
@@ -365,6 +365,17 @@ class AutoFlow(AutoContinuous):
             made = cast(FlowTransform, factory(self.latent_dim)).to(self.coordinates.loc)
             self.flow = Flow(Chain([made, *parts[1:]]), self.flow.base)
 
+    def expect_layers(self, names: Iterable[str]) -> None:
+        """Gives an automatic flow the layers, to be filled, that the stored tensors belong to.
+
+        Args:
+            names: The names of the tensors.
+        """
+        names = list(names)
+        if any("transform.parts.0." in name for name in names):
+            is_full = any(_SECOND_LAYER in name for name in names)
+            self._take_layers(full_flow if is_full else auto_flow)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes the state of another guide of this model, its recentring included.
 
@@ -373,8 +384,7 @@ class AutoFlow(AutoContinuous):
             *args: As in ``torch.nn.Module``.
             **kwargs: As in ``torch.nn.Module``.
         """
-        is_full = any(key.startswith(f"flow.{_FULL}") for key in state_dict)
-        self._take_layers(full_flow if is_full else auto_flow)
+        self.expect_layers(state_dict)
         self._expect_recentring(f"flow.{RECENTRING}precision" in state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -524,8 +534,7 @@ class AutoFlow(AutoContinuous):
 
     def _take_from_param_store(self) -> None:
         store = pyro.get_param_store()
-        if any(key.startswith(self._store_name(_FULL)) for key in store.keys()):
-            self._take_layers(full_flow)
+        self.expect_layers(name for name in store.keys() if name.startswith(self._store_name("")))
         self._expect_recentring(self._store_name(f"{RECENTRING}precision") in store)
         for key, tensor in self._in_param_store().items():
             if key in store and store[key].shape != tensor.shape:
