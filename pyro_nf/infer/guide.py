@@ -37,7 +37,7 @@ from pyro_nf.infer.sites import (
 from pyro_nf.infer.start import Start
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.train.randomness import own_randomness
-from pyro_nf.transforms.affine import FixedAffine
+from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.base import Chain, FlowTransform
 
 FlowFactory = Callable[[int], Flow | FlowTransform]
@@ -102,8 +102,9 @@ class AutoFlow(AutoContinuous):
 
     ``f`` is the flow, starting at the identity; ``m`` and ``L`` are learnt; :math:`m_0` and
     :math:`L_0` are the coordinates that learning happens in, so that one learning rate suits
-    posteriors of any location and scale. At the start :math:`m_0` is the point of ``init_loc_fn``
-    and :math:`L_0` is ``init_scale`` times the identity; ``start_at`` puts them elsewhere. With
+    posteriors of any location and scale. At the start :math:`m_0` is the point of ``init_loc_fn``,
+    :math:`L_0` is the identity and ``L`` is ``init_scale`` times the identity; ``start_at`` puts
+    the coordinates elsewhere. With
     ``count_components`` above 1 the base is a learnable Gaussian mixture instead of
     :math:`N(0, I)`, for posteriors in separate pieces. Above some hundreds of dimensions ``L`` has
     low rank plus a diagonal and :math:`L_0` is a diagonal. After :meth:`recentre` the last map of
@@ -122,9 +123,8 @@ class AutoFlow(AutoContinuous):
             FlowTransform, or "auto" for :func:`auto_flow`, which becomes :func:`full_flow` in
             :meth:`start_at` (and so in :func:`~pyro_nf.infer.fit.fit_svi`).
         init_loc_fn: One of Pyro's ``init_to_*`` functions.
-        init_scale: Standard deviation of each unconstrained coordinate at the start, and the unit
-            that learning goes by. Far below that of the posterior the flow must stretch so much
-            that plain ``SVI`` with few particles may diverge.
+        init_scale: Standard deviation of each unconstrained coordinate at the start. Draws that
+            start near the initial point are safe; a scale grows or shrinks by a share of itself.
         count_components: Components of the base. Draws of more than one carry no gradient, so such
             a guide is for :func:`~pyro_nf.infer.fit.fit_svi`, not for plain ``SVI``.
 
@@ -153,7 +153,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowFactory | str = "auto",
         *,
         init_loc_fn: InitLocFn = init_to_median,
-        init_scale: float = 0.5,
+        init_scale: float = 0.1,
         count_components: int = 1,
     ) -> None:
         check_positive("AutoFlow", "init_scale", init_scale)
@@ -282,10 +282,12 @@ class AutoFlow(AutoContinuous):
                 f"AutoFlow: the model has {dim} unconstrained coordinates and no context, but the "
                 f"flow has input_dim {inner.input_dim} and context_dim {inner.context_dim}."
             )
-        scale = torch.full_like(loc, self.init_scale)
-        if dim <= MAX_FULL_DIM:
-            scale = scale.diag_embed()
-        affine = affine_base(Start(loc, scale, elbo=math.nan))
+        unit = torch.ones_like(loc)
+        affine = affine_base(
+            Start(loc, unit.diag_embed() if dim <= MAX_FULL_DIM else unit, elbo=math.nan)
+        )
+        learned = cast("LowerAffine | LowRankAffine", affine.parts[0])
+        nn.init.constant_(learned.log_diagonal, math.log(self.init_scale))
         if self.count_components > 1:
             base = GaussianMixture(dim, self.count_components)
         return Flow(Chain([inner, *affine.parts]), base).to(loc)
