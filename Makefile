@@ -6,7 +6,7 @@ PYTEST_WORKERS ?= 2
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test check docs bench bench-jax bench-posteriors wheel-test clean
+.PHONY: help demo test check docs bench bench-jax bench-posteriors bench-svi wheel-test clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,9 @@ bench-jax: .venv-jax/made ## speed against the JAX peers (flowjax, numpyro)
 bench-posteriors: .venv/made ## posteriors against Pyro's guides and NUTS, on references and exact targets
 	.venv/bin/python -m benchmarks.posterior_costs --json benchmarks/posterior_costs.json
 	.venv/bin/python -m benchmarks.posteriors --out benchmarks/posteriors.json --costs benchmarks/posterior_costs.json --markdown docs/benchmarks_posteriors.md
+
+bench-svi: .venv/made ## the guide in plain SVI against Pyro's guides at equal steps
+	.venv/bin/python -m benchmarks.plain_svi
 
 wheel-test: .venv/made ## build the wheel, install it in an empty environment and import it
 	rm -rf build/wheel-test

@@ -40,6 +40,7 @@ def _univariate() -> dict[str, Callable[[], UnivariateMap]]:
         "RationalQuadratic-interval": lambda: univariate.RationalQuadratic(5, interval=(-1.0, 2.0)),
         "Sigmoid": univariate.Sigmoid,
         "SinhArcsinh": univariate.SinhArcsinh,
+        "SmoothAffine": lambda: univariate.SmoothAffine(2.0, 1.5, 0.7),
         "Softplus": univariate.Softplus,
         "Softsign": univariate.Softsign,
         "Tanh": univariate.Tanh,

@@ -121,7 +121,6 @@ def realnvp(
         >>> realnvp(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
-
     check_count("realnvp", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -158,7 +157,6 @@ def glow(
         >>> glow(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
-
     check_count("glow", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -201,7 +199,6 @@ def maf(
         >>> maf(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
-
     check_count("maf", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -246,7 +243,6 @@ def iaf(
         >>> iaf(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
-
     check_count("iaf", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 

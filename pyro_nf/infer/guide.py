@@ -58,7 +58,7 @@ _MOVE = 0.1
 
 
 def auto_flow(latent_dim: int) -> FlowTransform:
-    """The flow that ``flow="auto"`` takes in plain ``SVI``: cheap, and bounded in what it stretches.
+    """The flow that ``flow="auto"`` takes in plain ``SVI``: cheap, and bounded.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
     More get :func:`~pyro_nf.infer.recipe.light_layers`: skewness and tails of each, then one
@@ -536,7 +536,7 @@ class AutoFlow(AutoContinuous):
 
     def _take_from_param_store(self) -> None:
         store = pyro.get_param_store()
-        self.expect_layers(name for name in store.keys() if name.startswith(self._store_name("")))
+        self.expect_layers(name for name in list(store) if name.startswith(self._store_name("")))
         self._expect_recentring(self._store_name(f"{RECENTRING}precision") in store)
         for key, tensor in self._in_param_store().items():
             if key in store and store[key].shape != tensor.shape:

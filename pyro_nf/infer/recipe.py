@@ -77,7 +77,7 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
 
 
 def light_layers(input_dim: int) -> Chain:
-    """Skewness and tails, and one smoothly bounded autoregressive layer: for one rate and few steps.
+    """Skewness and tails, and one smoothly bounded autoregressive layer: cheap, for one rate.
 
     Pyro takes one optimiser for each parameter, so what a step of plain ``SVI`` costs goes by the
     number of parameters: here there are five. What a draw can be moved and stretched by is bounded,

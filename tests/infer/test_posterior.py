@@ -97,7 +97,7 @@ def all_shapes() -> Posterior:
 
 def rough(num_draws: int = 4000, loc: float = 0.4, scale: float = 0.9) -> Posterior:
     """A Gaussian guide beside the exact posterior: its weights matter."""
-    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d), init_scale=1.0).setup()
     with torch.no_grad():
         guide.coordinates.loc.fill_(EXACT_MEAN + loc)
         guide.coordinates.scale.fill_(scale)
@@ -206,7 +206,7 @@ def test_weights_correct_a_rough_guide() -> None:
 
 
 def test_the_standard_error_of_the_evidence_is_honest() -> None:
-    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d), init_scale=1.0).setup()
     with torch.no_grad():
         guide.coordinates.loc.fill_(EXACT_MEAN + 0.3)
         guide.coordinates.scale.fill_(0.9)
