@@ -2,7 +2,7 @@
 
     python -m benchmarks.plain_svi [--steps 1000] [--seeds 3] [--rate 0.01] [--smoke]
 
-All guides get the same optimiser: ClippedAdam from ``rate`` down to a hundredth of it.
+All guides get the same optimiser: ClippedAdam from ``rate`` down to a tenth of it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def trained(name: str, model: Callable[[], None], steps: int, rate: float, seed:
     """An SVI of that guide after so many steps."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    optimiser = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.01 ** (1 / max(steps, 1))})
+    optimiser = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.1 ** (1 / max(steps, 1))})
     svi = SVI(model, GUIDES[name](model), optimiser, Trace_ELBO())
     for _ in range(steps):
         svi.step()

@@ -61,8 +61,7 @@ def auto_flow(latent_dim: int) -> FlowTransform:
     """The flow that ``flow="auto"`` takes in plain ``SVI``: cheap, and bounded.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
-    More get :func:`~pyro_nf.infer.recipe.light_layers`: skewness and tails of each, then one
-    autoregressive layer.
+    More get :func:`~pyro_nf.infer.recipe.light_layers`: one autoregressive layer.
 
     Args:
         latent_dim: The number of unconstrained coordinates.

@@ -44,11 +44,9 @@ def test_19_the_layers_of_a_stack_share_one_bound(name: str, count_layers: int) 
             last = [p for key, p in module.net.named_parameters() if key.endswith("bias")][-1]
             torch.nn.init.constant_(last, 1e3)
     x = torch.randn(5, 4, dtype=F64)
-    # MAF is learnt in the other direction, and shrinks; a coupling leaves half of D as it is
-    per_layer = 4 * 6 / count_layers * (1 if name in ("maf", "iaf") else 0.5)
-    sign = -1 if name == "maf" else 1
+    changed = 4 if name in ("maf", "iaf") else 2  # a coupling leaves half of D as it is
     ladj = flow.transform.forward_and_ladj(x)[1]
-    wanted = torch.full((5,), sign * count_layers * per_layer, dtype=F64)
+    wanted = torch.full((5,), 6.0 * changed, dtype=F64)
     torch.testing.assert_close(ladj, wanted, rtol=1e-12, atol=0)
 
 
@@ -68,8 +66,8 @@ def test_19_the_default_cannot_throw_draws_far() -> None:
     layer = randomize(auto_flow(6).double(), scale=1e4).parts[-1]
     x = torch.randn(1000, 6, dtype=F64)
     y, ladj = layer.forward_and_ladj(x)
-    assert bool((y.abs() <= 10 + x.abs() * math.exp(3.0)).all())
-    assert float(ladj.abs().max()) <= 6 * 3.0
+    assert bool((y.abs() <= 10 + x.abs() * math.exp(3.0) + 1e-9).all())
+    assert float(ladj.abs().max()) <= 6 * 3.0 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,7 @@ def test_21_a_step_of_the_affine_part_is_that_of_the_multivariate_normal() -> No
 
 def test_21_few_parameters() -> None:
     # Pyro takes one optimiser for each, which is most of what a step costs
-    assert len(list(AutoFlow(schools).setup().parameters())) == 8
+    assert len(list(AutoFlow(schools).setup().parameters())) == 7
 
 
 def started() -> AutoFlow:
@@ -120,7 +118,7 @@ def started() -> AutoFlow:
 def test_21_a_start_gets_all_layers() -> None:
     guide = started()
     assert len(guide.flow.transform.parts[0].parts) == len(full_flow(10).parts) == 7
-    assert len(AutoFlow(schools).setup().flow.transform.parts[0].parts) == 2
+    assert len(AutoFlow(schools).setup().flow.transform.parts[0].parts) == 1
     chosen = AutoFlow(schools, flows.iaf).setup()
     layers = chosen.flow.transform.parts[0]
     chosen.start_at(Start(torch.zeros(10), torch.eye(10), elbo=0.0))
