@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi, flows, transforms
+from pyro_nf.infer.guide import full_flow
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO, Estimate, Objective, Reparameterised, TemperedELBO
 from pyro_nf.infer.recipe import Step, elbo_floor, posterior_stages, seconds_per_step
@@ -228,7 +229,7 @@ def test_even_weights_send_a_quarter_of_the_draws_to_the_tails(spread: float, ta
 
 
 def test_skewness_and_tails_learn_slowly() -> None:
-    guide = AutoFlow(skewed).setup()
+    guide = AutoFlow(skewed, full_flow).setup()
     shape = guide.flow.transform.parts[0].parts[0]
     flow_stage = posterior_stages(guide.flow, LogJoint(skewed), rate=0.01)[-1]
     rates = {p: g["lr"] for g in flow_stage.optimizer.param_groups for p in g["params"]}
