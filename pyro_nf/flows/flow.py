@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -18,7 +18,8 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.student import StudentT
 from pyro_nf.ops.spaces import describe, is_within
-from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.affine import FixedAffine
+from pyro_nf.transforms.base import Chain, FlowTransform
 
 P = ParamSpec("P")
 
@@ -26,6 +27,8 @@ _RECIPES: dict[str, Callable[..., Flow]] = {}
 _BASES: dict[str, Callable[..., Base]] = {
     base.__name__: base for base in (DiagonalNormal, GaussianMixture, StudentT)
 }
+_UNITS = ("units", "context_units")
+_NOT_BUILT = ("base.", "units.", "context_units.")  # what the arguments of a flow do not decide
 
 
 def recipe(function: Callable[P, Flow]) -> Callable[P, Flow]:
@@ -49,9 +52,18 @@ class Flow(nn.Module):
     ``flow()`` or, with ``context_dim > 0``, ``flow(context)``: the batch shape follows the context,
     and the base is expanded to it, so that each context has noise of its own.
 
+    A fit to data sets two fixed maps, so that the transform :math:`T` learns in coordinates of
+    about the unit scale, whatever the units of the data :math:`y` and of the contexts :math:`c`:
+
+    .. math:: y = m + s \, T(x; c'), \qquad c = m_c + s_c \, c'
+
     Args:
-        transform: The map from base to data.
+        transform: The map from base to data, in the units of the data.
         base: Makes the base distribution; standard normals by default.
+
+    Attributes:
+        units: The map :math:`m + s \, \cdot` of each column of the data; None until a fit sets it.
+        context_units: The same of the contexts.
 
     Raises:
         ValueError: If the sizes of the two differ, or neither names one, or if the base draws
@@ -99,6 +111,8 @@ class Flow(nn.Module):
         self.input_dim: int = base.input_dim
         self.context_dim: int = transform.context_dim
         self.recipe: tuple[str, dict[str, Any]] | None = None
+        self.units: FixedAffine | None = None
+        self.context_units: FixedAffine | None = None
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """Makes the distribution.
@@ -110,10 +124,46 @@ class Flow(nn.Module):
             ValueError: If the context is missing, superfluous or of the wrong width.
         """
         check_context(type(self).__name__, context, self.context_dim)
-        if context is None:
-            return FlowDistribution(self.base(), self.transform, self)
-        base_dist = self.base(context.shape[:-1])
-        return FlowDistribution(base_dist, self.transform.condition(context), self)
+        base_dist = self.base() if context is None else self.base(context.shape[:-1])
+        return FlowDistribution(base_dist, self.transform_in_units(context), self)
+
+    def transform_in_units(self, context: Tensor | None = None) -> FlowTransform:
+        """The map from the base to the data in their own units, with the context filled in.
+
+        Args:
+            context: Shape ``(..., context_dim)``, in its own units; None if the flow takes none.
+        """
+        transform = self.transform
+        if context is not None:
+            units = self.context_units
+            c = context if units is None else units.inverse_and_ladj(context)[0]
+            transform = transform.condition(c)
+        return transform if self.units is None else Chain([transform, self.units])
+
+    def base_of_kind(self, name: str, sizes: Mapping[str, int]) -> Base:
+        """A base of another kind with the dtype and device of this flow, or the one it has.
+
+        Args:
+            name: Name of the class.
+            sizes: What its ``sizes`` returned.
+
+        Returns:
+            The flow's own base if it is of that kind, or if that is no base of the library.
+        """
+        is_mine = (type(self.base).__name__, self.base.sizes()) == (name, dict(sizes))
+        if is_mine or name not in _BASES:
+            return self.base
+        return _BASES[name](**sizes).to(next(self.parameters(), torch.empty(0)))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Units are there exactly if the state has them."""
+        for name in _UNITS:
+            loc = state_dict.get(f"{prefix}{name}.loc")
+            like = next(self.parameters(), loc)
+            setattr(self, name, None if loc is None else _unit_scale(loc.to(like)))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all parameters and buffers, and how to build the flow, to one safetensors file.
@@ -159,6 +209,7 @@ class Flow(nn.Module):
             True
         """
         tensors, header = load_tensors(path, "flow")
+        base, sizes = header["base"]
         if into is None:
             name, arguments = header.get("recipe") or (None, {})
             if name not in _RECIPES:
@@ -167,11 +218,27 @@ class Flow(nn.Module):
                     f"{name!r}; build the same flow and pass it as Flow.load(path, into=flow)."
                 )
             into = _RECIPES[name](**arguments)
-            base, sizes = header["base"]
-            if base in _BASES:  # a fit may have exchanged it
-                into.base = _BASES[base](**sizes)
             if header["dtype"] is not None:
                 into = into.to(getattr(torch, header["dtype"]))
-        check_same_tensors("Flow.load", into.state_dict(), tensors, str(path))
+        new_base = into.base_of_kind(base, sizes)  # a fit may have exchanged it
+        wanted = {n: t for n, t in into.state_dict().items() if not n.startswith(_NOT_BUILT)}
+        wanted |= {f"base.{n}": t for n, t in new_base.state_dict().items()}
+        wanted |= into._units_like(tensors)
+        check_same_tensors("Flow.load", wanted, tensors, str(path))
+        into.base = new_base
         into.load_state_dict(tensors)
         return into
+
+    def _units_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the units that a state brings, as this flow needs them."""
+        dims = {"units": self.input_dim, "context_units": self.context_dim}
+        return {
+            f"{name}.{part}": torch.empty(dims[name])
+            for name in _UNITS
+            if any(key.startswith(f"{name}.") for key in tensors)
+            for part in ("loc", "scale")
+        }
+
+
+def _unit_scale(loc: Tensor) -> FixedAffine:
+    return FixedAffine(loc, torch.ones_like(loc))

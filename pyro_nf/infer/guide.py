@@ -270,7 +270,9 @@ class AutoFlow(AutoContinuous):
         loc = self._init_loc()
         dim = len(loc)
         made = self._factory(dim)
-        inner, base = (made.transform, made.base) if isinstance(made, Flow) else (made, None)
+        inner, base = made, None
+        if isinstance(made, Flow):
+            inner, base = made.transform_in_units(), made.base
         if not isinstance(inner, FlowTransform):
             raise TypeError(
                 "AutoFlow: flow(latent_dim) must return a Flow or a FlowTransform, got "
