@@ -65,7 +65,7 @@ STARTS_SHARE = 0.3
 """After this share of ``max_seconds`` no further start is begun."""
 
 START_SHARE = 0.05
-"""Share of ``max_seconds`` that a start may take to pass its rows through the flow."""
+"""Share of the budget that a start may take to pass its rows through the flow."""
 
 CHECK_SHARE = 0.02
 """Share of ``max_seconds`` that one look at validation may take: then it sees fewer rows."""
@@ -80,6 +80,7 @@ FEWEST_ROWS = 64
 MOST_CHECKED_ROWS = 2_000
 MOST_FINAL_ROWS = 20_000
 MOST_STARTING_ROWS = 20_000
+FEWEST_STARTING_ROWS = 2_000
 MOST_COPULA_ROWS = 500
 ROWS_AT_ONCE = 4_096
 
@@ -395,11 +396,15 @@ class _Work:
 
     def _most_rows(self) -> int:
         """How many rows a start may pass through the flow."""
-        if self.budget.max_seconds is None or self.check_seconds <= 0:
-            return MOST_STARTING_ROWS
-        rows_a_second = min(len(self.checked), len(self.held_out)) / self.check_seconds
-        affordable = int(START_SHARE * self.budget.max_seconds * rows_a_second)
-        return min(max(affordable, 2 * FEWEST_ROWS), MOST_STARTING_ROWS)
+        budget, most = self.budget, MOST_STARTING_ROWS
+        if budget.max_steps is not None:
+            rows = 3 * budget.max_steps * self.options.batch_size  # a step is three passes
+            most = min(most, max(int(START_SHARE * rows), FEWEST_STARTING_ROWS))
+        if budget.max_seconds is not None and self.check_seconds > 0:
+            rows_a_second = len(self.checked) / self.check_seconds
+            affordable = int(START_SHARE * budget.max_seconds * rows_a_second)
+            most = min(most, max(affordable, 2 * FEWEST_ROWS))
+        return most
 
     def _own_units(self) -> Units:
         return self.flow.units, self.flow.context_units

@@ -91,20 +91,28 @@ def units_of(values: Tensor) -> FixedAffine:
         [2e+30, 1e+30]
     """
     y = values.double()
-    median = y.median(0).values
-    spread = _spread(y - median)
+    median, spread = _median_and_spread(values)
     z = ((y - median) / spread).clamp(-FAR, FAR)
     scale = z.std(0, correction=0).clamp_min(LEAST_SCALE)
     return FixedAffine((median + spread * z.mean(0)).to(values), (spread * scale).to(values))
 
 
-def _spread(centred: Tensor) -> Tensor:
-    """The distance that nine in ten keep, or nine in ten of those that are not 0."""
+def _median_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The median of each column and the distance from it that nine in ten keep.
+
+    Where more than nine in ten are equal, the spread is that of the others. A random part of a
+    long table tells enough.
+    """
+    few = Table(values, None).some(MOST_COUNTED_ROWS).y
+    if not bool((few != few[0]).any(0).all()):
+        few = values
+    y = few.double()
+    median = y.median(0).values
     spreads = []
-    for distance in centred.abs().T:
+    for distance in (y - median).abs().T:
         ninth = _nine_in_ten(distance)
         spreads.append(ninth if ninth > 0 else _nine_in_ten(distance[distance > 0]))
-    return torch.stack(spreads) / 1.645  # nine in ten draws of N(0, 1) are within
+    return median, torch.stack(spreads) / 1.645  # nine in ten draws of N(0, 1) are within
 
 
 def _nine_in_ten(distance: Tensor) -> Tensor:
@@ -169,8 +177,8 @@ def _rounded_away(values: Tensor, cast: Tensor) -> Tensor:
     """Which columns another dtype cannot hold."""
     y = values.double()
     rounding = (cast.to(y) - y).abs().amax(0)
-    spread = _spread(y - y.median(0).values)
-    varies = (y != y[0]).any(0)
+    _, spread = _median_and_spread(values)
+    varies = (values != values[0]).any(0)
     smallest = torch.finfo(cast.dtype).tiny / torch.finfo(cast.dtype).eps
     lost = (rounding > MOST_ROUNDING * spread) | (spread * 1.645 < smallest)
     return ~rounding.isfinite() | (lost & varies)
