@@ -158,7 +158,17 @@ class Flow(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Units are there exactly if the state has them."""
+        """Units are there exactly if the state has them, and the base is of the state's kind."""
+        start = f"{prefix}base."
+        names = {n.removeprefix(start): t for n, t in state_dict.items() if n.startswith(start)}
+        if type(self.base).__name__ in _BASES:
+            if "logits" in names:
+                sizes = {"input_dim": self.input_dim, "count_components": len(names["logits"])}
+                self.base = self.base_of_kind("GaussianMixture", sizes)
+            elif "log_df" in names:
+                self.base = self.base_of_kind("StudentT", {"input_dim": self.input_dim})
+            elif "loc" in names:
+                self.base = self.base_of_kind("DiagonalNormal", {"input_dim": self.input_dim})
         for name in _UNITS:
             loc = state_dict.get(f"{prefix}{name}.loc")
             like = next(self.parameters(), loc)

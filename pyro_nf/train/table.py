@@ -176,8 +176,9 @@ def _in_dtype_of(flow: Flow, name: str, values: Tensor) -> Tensor:
 def _rounded_away(values: Tensor, cast: Tensor) -> Tensor:
     """Which columns another dtype cannot hold."""
     y = values.double()
-    rounding = (cast.to(y) - y).abs().amax(0)
-    _, spread = _median_and_spread(values)
+    median, spread = _median_and_spread(values)
+    far = ((y - median) / spread).abs() > FARTHEST  # such a row is named for that
+    rounding = (cast.to(y) - y).abs().where(~far | cast.isinf(), 0.0).amax(0)
     varies = (values != values[0]).any(0)
     smallest = torch.finfo(cast.dtype).tiny / torch.finfo(cast.dtype).eps
     lost = (rounding > MOST_ROUNDING * spread) | (spread * 1.645 < smallest)
@@ -250,7 +251,7 @@ def warn_of_repeated_values(y: Tensor) -> None:
             "the loss falls without bound as peaks form on those values, says little, and draws "
             "fall on the peaks. Add noise of the size of the rounding, for example "
             "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -138,9 +138,7 @@ class Slow(FlowTransform):
 
 
 @pytest.mark.parametrize("count", [100, 20_000])
-@pytest.mark.parametrize(
-    ("a_pass", "a_row"), [(1e-3, 0.0), (0.1, 0.0), (0.5, 0.0), (0.0, 1e-4), (0.0, 1e-3)]
-)
+@pytest.mark.parametrize(("a_pass", "a_row"), [(0.1, 0.0), (0.5, 0.0), (0.0, 1e-3)])
 def test_8_seconds_hold_for_slow_flows(a_pass, a_row, count):
     slow, last = Slow(a_pass, a_row), nice(2, count_layers=1, hidden_dims=(4,)).transform
 
