@@ -1,0 +1,483 @@
+"""All maxima of a posterior that many climbs find; counts bound the search, and no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_nf.infer.climbs import BatchedLBFGS
+from pyro_nf.infer.gaussians import MAX_FULL_DIM, diagonal_precision, laplace_scale
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.sites import bijection, init_anywhere
+from pyro_nf.infer.substitute import fast_pyro
+from pyro_nf.train.budget import Budget
+
+# What a call of an operation and one of its numbers count, in seconds of a machine that serves as
+# the measure: the same model always costs the same, whatever this machine is busy with.
+_CALL, _NUMBER = 5e-6, 1.5e-9
+# Numbers that a step of the climbs itself handles for each coordinate of a point.
+_CLIMB_NUMBERS = 60
+# The most and the fewest points that climb, and how many steps.
+MOST_STARTS, FEWEST_STARTS, _STEPS = 8192, 64, 100
+# Costs, by that measure, at which fewer points climb, and at which they make fewer steps.
+_FEWER_STARTS, _FEWER_STEPS = 2.0, 12.0
+# Batches in which the operations are counted. No recording is made for such sizes.
+_COUNTED = (3, 9)
+# A climb with fewer steps has hardly begun; it starts anew with its unfinished points after so many.
+_PHASES = (30, 30, 40)
+# A point is a maximum if a Newton step would gain less (twice, in nats) than this.
+_AT_REST = 0.5
+# Newton steps that a point may make to come to rest, and the longest in its own sds.
+_POLISH, _LONGEST = 5, 3.0
+# Distinct maxima, and points that are tried for one without success.
+MOST_MAXIMA, _MOST_FAILURES = 32, 6
+# Maxima as near as this, in squared local sds and in nats, are one.
+_SAME = 1.0
+# A maximum whose local mass is this much smaller (nats) than the largest is left out.
+_NEGLIGIBLE = 25.0
+# Step of a difference of gradients, in sds of its coordinate.
+_DIFFERENCE = 0.25
+# Degrees of freedom of the Student-t at a maximum.
+_DEGREES = 5.0
+
+
+class _OperationCount(TorchDispatchMode):
+    """Counts the operations of torch and the numbers that they make, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.numbers = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if _is_tensor(t)]
+        # A product or a factorisation of matrices makes each number from a row.
+        product = any(word in str(func) for word in ("mm", "linalg", "cholesky", "solve"))
+        width = max([1, *(a.shape[-1] for a in args if _is_tensor(a) and a.dim() and product)])
+        self.calls += 1
+        self.numbers += width * sum(t.numel() for t in made)
+        return out
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def nominal_cost(joint: LogJoint, count: int) -> float:
+    """What a step of so many climbs costs, by counted operations and not by a clock.
+
+    Args:
+        joint: The log joint density.
+        count: How many points climb.
+
+    Returns:
+        Seconds of a nominal machine; the same for the same model wherever and whenever it runs.
+    """
+    calls, numbers = [], []
+    for rows in _COUNTED:
+        with _OperationCount() as counted:
+            joint.value_and_grad(joint.init_loc.expand(rows, -1))
+        calls.append(counted.calls)
+        numbers.append(counted.numbers)
+
+    def at(values: list[int]) -> float:
+        slope = (values[1] - values[0]) / (_COUNTED[1] - _COUNTED[0])
+        return max(values[0] + slope * (count - _COUNTED[0]), 0.0)
+
+    own = _CLIMB_NUMBERS * count * joint.latent_dim
+    return _CALL * at(calls) + _NUMBER * (at(numbers) + own)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far is looked.
+
+    Attributes:
+        count_starts: Points that climb.
+        max_steps: Steps that each of them may make.
+        count_points: Points at which guide and posterior are compared.
+    """
+
+    count_starts: int
+    max_steps: int = _STEPS
+    count_points: int = 4096
+
+    @classmethod
+    def for_joint(cls, joint: LogJoint) -> Effort:
+        """As much as a log joint density of this cost allows, by a rule that asks no clock."""
+        count = MOST_STARTS
+        while count > FEWEST_STARTS and _STEPS * nominal_cost(joint, count) > _FEWER_STARTS:
+            count //= 2
+        affordable = int(_FEWER_STEPS / nominal_cost(joint, count))
+        return cls(count, min(_STEPS, max(1, affordable)), min(4096, max(1024, count)))
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the climbs have fewer steps than they want."""
+        return self.max_steps < _STEPS
+
+
+@dataclass(frozen=True)
+class StudentT:
+    """A multivariate Student-t with 5 degrees of freedom.
+
+    Attributes:
+        loc: m, ``(D,)``.
+        scale: L, lower triangular ``(D, D)``, or its diagonal ``(D,)`` in high dimensions.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    @property
+    def log_det(self) -> Tensor:
+        """log det L, ``()``."""
+        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
+        return diagonal.abs().log().sum()
+
+    def distance(self, z: Tensor) -> Tensor:
+        r"""Squared Mahalanobis distance :math:`|L^{-1}(z - m)|^2` of ``z (S, D)``, ``(S,)``."""
+        centred = z - self.loc
+        if self.scale.dim() == 1:
+            return (centred / self.scale).square().sum(-1)
+        white = torch.linalg.solve_triangular(self.scale, centred.mT, upper=False)
+        return white.square().sum(0)
+
+    def sample(self, count: int) -> Tensor:
+        """Draws, ``(count, D)``."""
+        chi2 = torch.distributions.Chi2(torch.full((count, 1), _DEGREES)).sample()
+        eps = (torch.randn(count, len(self.loc)) * (_DEGREES / chi2).sqrt()).to(self.loc)
+        return self.loc + (self.scale * eps if self.scale.dim() == 1 else eps @ self.scale.mT)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log density at ``z (S, D)``, ``(S,)``."""
+        nu, dim = _DEGREES, len(self.loc)
+        norm = math.lgamma((nu + dim) / 2) - math.lgamma(nu / 2) - dim / 2 * math.log(nu * math.pi)
+        return norm - self.log_det - (nu + dim) / 2 * (self.distance(z) / nu).log1p()
+
+
+@dataclass(frozen=True)
+class Maximum:
+    r"""A maximum m of the density.
+
+    Attributes:
+        near: A Student-t there with :math:`L L^\top = |-\nabla^2 \log p(m)|^{-1}`.
+        log_density: :math:`\log p(m)`.
+    """
+
+    near: StudentT
+    log_density: float
+
+    @property
+    def log_mass(self) -> float:
+        r"""Laplace's local mass, :math:`\log p(m) + \log\det L + \frac D2 \log 2\pi`."""
+        dim = len(self.near.loc)
+        return self.log_density + float(self.near.log_det) + 0.5 * dim * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """What many climbs found.
+
+    Attributes:
+        found: The distinct maxima that hold mass, by Laplace's approximation, the heaviest first.
+        count_starts: How many points climbed.
+        share_at_rest: Share of them that ended at one of the maxima.
+        unfinished: Why the search ended before its end, or "".
+        blind: What it could not see, or "".
+    """
+
+    found: tuple[Maximum, ...]
+    count_starts: int
+    share_at_rest: float
+    unfinished: str = ""
+    blind: str = ""
+
+
+# ---- where to start
+
+
+def prior_draws(joint: LogJoint, count: int, most_runs: int = FEWEST_STARTS) -> Tensor:
+    """Coordinates of draws of the prior, by one run of the model if it runs on a batch.
+
+    Flat priors have no draws: there the coordinates are 0.
+
+    Args:
+        joint: The log joint density.
+        count: How many draws are wanted.
+        most_runs: How many runs of the model may be made for them if it does not run on a batch.
+
+    Returns:
+        Finite draws ``(N, D)``; fewer than asked for, or none, where the model cannot give them.
+    """
+    draws: Tensor | None = None
+    if joint.kind == "batched" and not joint._centring:
+        try:
+            draws = _batched_prior_draws(joint, count)
+        except Exception:  # a model that fails in this way is asked in another
+            draws = None
+    if draws is None:
+        singles = []
+        for seed in torch.randint(2**31, (min(count, most_runs),)).tolist():
+            try:
+                singles.append(joint.prior_draw(seed))
+            except (ValueError, RuntimeError, NotImplementedError):
+                continue  # a draw with which the model cannot run
+        draws = torch.stack(singles) if singles else joint.init_loc.new_zeros(0, joint.latent_dim)
+    return draws[draws.isfinite().all(-1)].clamp(-1e6, 1e6)
+
+
+def _batched_prior_draws(joint: LogJoint, count: int) -> Tensor | None:
+    dtype, depth = joint.init_loc.dtype, joint.max_batch_ndim
+    start = InitMessenger(init_anywhere(init_to_sample, dtype))
+    with torch.no_grad(), fast_pyro(), poutine.block(), poutine.trace() as tracer, start:
+        with pyro.plate("_draws", count, dim=-1 - depth):
+            joint.model(*joint.args, **joint.kwargs)
+    nodes: dict[str, Any] = dict(tracer.trace.nodes)
+    pieces = []
+    for name, site in joint.sites.items():
+        node = nodes[name]
+        transform = bijection(name, node["fn"]) if joint.dynamic_sites else site.transform
+        u = transform.inv(node["value"])
+        if u.shape != (count, *(1,) * (depth - site.batch_ndim), *site.unconstrained_shape):
+            return None
+        pieces.append(u.reshape(count, site.size).to(dtype))
+    return torch.cat(pieces, -1)
+
+
+def prior_reference(joint: LogJoint, prior: Tensor) -> StudentT:
+    """Where the prior lies: the median of its draws and half the way between 16 % and 84 %.
+
+    Args:
+        joint: The log joint density; without draws its initial point and a scale of 1 are taken.
+        prior: Draws of the prior, ``(N, D)``.
+    """
+    one = torch.ones_like(joint.init_loc)
+    if len(prior) < 2:
+        return StudentT(joint.init_loc, one)
+    low, middle, high = prior.quantile(prior.new_tensor([0.16, 0.5, 0.84]), 0)
+    return StudentT(middle, torch.where(high > low, 0.5 * (high - low), one))
+
+
+def starts(
+    joint: LogJoint, prior: Tensor, reference: StudentT, known: Tensor, count: int
+) -> Tensor:
+    """Points from which to climb: of the prior, around what is known, and in balls of all sizes.
+
+    Args:
+        joint: The log joint density.
+        prior: Draws of the prior, ``(N, D)``.
+        reference: Where the prior lies.
+        known: Draws of what is known already, ``(S, D)``.
+        count: How many points.
+
+    Returns:
+        ``(count, D)``.
+    """
+    middle, spread = reference.loc, reference.scale
+    noise = torch.randn(count, len(middle)).to(middle)
+    # Flat priors have no draws; they are stood in for by those of a normal.
+    flat = (prior == 0).all(0)
+    draws = torch.where(flat, noise[: len(prior)], prior)
+    around, balls = noise[len(draws) :].tensor_split([count // 8])
+    widths = middle.new_tensor([1.0, 2.0, 4.0])[torch.arange(len(around)) % 3].unsqueeze(-1)
+    sd = known.std(0) if len(known) > 1 else torch.ones_like(middle)
+    around = known[torch.randint(len(known), (len(around),))] + widths * sd * around
+    # Radii are uniform in their logarithm, from a twentieth of the prior's spread to twice of it.
+    radii = (math.log(0.05) + math.log(40.0) * torch.rand(len(balls), 1)).exp().to(middle)
+    centres = torch.stack([middle, torch.zeros_like(middle), joint.init_loc])
+    balls = centres[torch.arange(len(balls)) % len(centres)] + radii * spread * balls
+    balls[-1:] = joint.init_loc
+    return torch.cat([draws, around, balls])
+
+
+# ---- climbs
+
+
+def _climb(joint: LogJoint, z: Tensor, max_steps: int, budget: Budget) -> tuple[Tensor, ...]:
+    """Where the points end, the density and gradient there, how far from rest, and steps made."""
+    value, grad = joint.value_and_grad(z)
+    gain = torch.full_like(value, torch.inf)
+    z, active, steps = z.clone(), value.isfinite(), 0
+    for phase in _PHASES:
+        index = active.nonzero().squeeze(-1)
+        if not len(index) or steps >= max_steps or budget.is_spent():
+            break
+        climb = BatchedLBFGS(joint.value_and_grad, z[index])
+        for _ in range(min(phase, max_steps - steps)):
+            if bool(climb.done.all()) or budget.is_spent():
+                break
+            climb.step()
+            steps += 1
+        z[index], value[index], grad[index] = climb.z, climb.value, climb.grad
+        # Twice what Newton's step would gain, by the curvature that the climb has learnt.
+        gain[index] = (climb._direction * climb.grad).sum(-1)
+        active[index] = ~climb.done
+    return z, value, grad, gain, torch.tensor(steps)
+
+
+# ---- curvature
+
+
+def curvature_scale(joint: LogJoint, z: Tensor) -> Tensor | None:
+    """L of Laplace's approximation at one point ``(D,)``; None where there is no curvature.
+
+    The second derivative by backward passes is NaN where ``logsumexp`` meets pieces that are far
+    apart, although the gradient is right. There it comes from differences of gradients.
+
+    Args:
+        joint: The log joint density.
+        z: The point.
+    """
+    if len(z) > MAX_FULL_DIM:
+        try:
+            return diagonal_precision(joint, z, torch.Generator().manual_seed(0)).rsqrt()
+        except (ValueError, RuntimeError):
+            return None
+    for hessian in _hessians(joint, z):
+        if bool(hessian.isfinite().all()):
+            try:
+                return laplace_scale(hessian)
+            except (ValueError, RuntimeError):
+                continue
+    return None
+
+
+def _hessians(joint: LogJoint, z: Tensor) -> Iterator[Tensor]:
+    try:
+        yield joint.hessian(z)
+    except RuntimeError:  # an operation without a second derivative
+        pass
+    yield difference_hessian(joint, z)
+
+
+def difference_hessian(joint: LogJoint, z: Tensor) -> Tensor:
+    r"""The Hessian at one point from central differences of gradients, ``(D, D)``.
+
+    .. math:: H_{\cdot d} = \frac{g(z + h_d e_d) - g(z - h_d e_d)}{2 h_d}
+
+    Each step :math:`h_d` becomes a quarter of :math:`|H_{dd}|^{-1/2}`, the scale of its coordinate.
+
+    Args:
+        joint: The log joint density.
+        z: The point ``(D,)``.
+    """
+    dim = len(z)
+    h = 1e-2 * torch.ones_like(z)
+    for _ in range(12):
+        steps = h.diag_embed()
+        _, grad = joint.value_and_grad(torch.cat([z + steps, z - steps]))
+        hessian = (grad[:dim] - grad[dim:]) / (2 * h).unsqueeze(-1)
+        wanted = _DIFFERENCE * hessian.diagonal().abs().clamp_min(1e-12).rsqrt()
+        wanted = wanted.clamp(1e-6, 10.0)
+        if bool(((h <= 2 * wanted) & (h >= 0.25 * wanted)).all()):
+            break
+        h = torch.minimum(torch.maximum(wanted, 0.1 * h), 10 * h)
+    return 0.5 * (hessian + hessian.mT)
+
+
+# ---- distinct maxima
+
+
+def find_maxima(
+    joint: LogJoint, points: Tensor, effort: Effort, budget: Budget | None = None
+) -> Maxima:
+    """Climbs from all points at once and tells the maxima at their ends apart.
+
+    From the best end down, a point that Newton's steps bring to rest is a maximum, and all ends
+    that are near it under its own curvature, and not higher, are the same one.
+
+    Args:
+        joint: The log joint density.
+        points: Where to start, ``(N, D)``.
+        effort: How many steps they may make.
+        budget: A bound of seconds, if there is one; without it the same points give the same
+            maxima to the last bit.
+    """
+    budget = budget or Budget()
+    z, value, grad, gain, steps = _climb(joint, points, effort.max_steps, budget)
+    finite = value.isfinite()
+    if not bool(finite.any()):
+        return Maxima((), len(points), 0.0, blind="nowhere did a climb find a finite density")
+    found, at_rest, blind = _distinct(joint, z, value, grad, gain, budget)
+    unfinished = ""
+    if budget.is_spent():
+        unfinished = f"the seconds ended the search after {int(steps)} steps"
+    elif effort.is_cut_short:
+        unfinished = f"the log joint is too dear for more than {effort.max_steps} steps of a climb"
+    return Maxima(found, len(points), at_rest, unfinished, blind)
+
+
+def _distinct(
+    joint: LogJoint, z: Tensor, value: Tensor, grad: Tensor, gain: Tensor, budget: Budget
+) -> tuple[tuple[Maximum, ...], float, str]:
+    dim, blind = z.shape[-1], ""
+    near = max(9.0, 2.0 * dim)
+    left, maxima, count_same = value.isfinite(), [], 0
+    for is_calm in (True, False):  # those that came to rest first
+        failures = 0
+        while len(maxima) < MOST_MAXIMA and failures < _MOST_FAILURES and not budget.is_spent():
+            candidates = left & (gain < _AT_REST) if is_calm else left
+            if not bool(candidates.any()):
+                break
+            i = int(torch.where(candidates, value, -torch.inf).argmax())
+            left[i] = False
+            maximum = _polished(joint, z[i], grad[i], float(value[i]))
+            if maximum is None:
+                blind = "at some ends of the climbs the density has no finite curvature"
+                failures += 1
+                continue
+            if not maximum[1]:
+                failures += 1
+                continue
+            new = maximum[0]
+            distance = new.near.distance(z)
+            # At another maximum the density is higher than the curvature here predicts.
+            gap = (value - (new.log_density - 0.5 * distance)).abs()
+            same = left & (distance < near) & (gap < 1 + 0.1 * distance)
+            count_same += int(same.sum()) + 1
+            left &= ~same
+            again = any(
+                float(old.near.distance(new.near.loc[None])) < _SAME
+                and abs(old.log_density - new.log_density) < _SAME
+                for old in maxima
+            )
+            if not again:
+                maxima.append(new)
+    maxima.sort(key=lambda m: -m.log_mass)
+    kept = tuple(m for m in maxima if m.log_mass > maxima[0].log_mass - _NEGLIGIBLE)
+    return kept, count_same / len(z), blind
+
+
+def _polished(
+    joint: LogJoint, z: Tensor, grad: Tensor, value: float
+) -> tuple[Maximum, bool] | None:
+    """Newton's steps from an end of a climb, and whether they came to rest."""
+    for _ in range(_POLISH):
+        scale = curvature_scale(joint, z)
+        if scale is None:
+            return None
+        white = scale * grad if scale.dim() == 1 else scale.mT @ grad
+        decrement = float(white.square().sum())
+        if not math.isfinite(decrement):
+            return None
+        if decrement < 1e-2:
+            return Maximum(StudentT(z, scale), value), True
+        step = scale * white if scale.dim() == 1 else scale @ white
+        step = step * min(1.0, _LONGEST / math.sqrt(decrement))
+        tries = z + torch.tensor([1.0, 0.3, 0.1, 0.03]).to(z).unsqueeze(-1) * step
+        values, grads = joint.value_and_grad(tries)
+        best = int(values.argmax())
+        if not float(values[best]) > value:
+            break
+        z, grad, value = tries[best], grads[best], float(values[best])
+    return Maximum(StudentT(z, scale), value), decrement < _AT_REST

@@ -1,0 +1,202 @@
+"""A look elsewhere: whether a guide misses a part of its posterior, and how far was looked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyro_nf.infer.gaussians import MAX_FULL_DIM
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.maxima import (
+    Effort,
+    Maxima,
+    StudentT,
+    find_maxima,
+    prior_draws,
+    prior_reference,
+    starts,
+)
+from pyro_nf.train.budget import Budget
+from pyro_nf.train.randomness import own_randomness
+
+# Mass counts as missed where the guide has less than this share of the density it should have.
+UNDER_COVERED = 1 / 20
+# Widenings of the draws' own covariance when it looks for missed tails.
+WIDE = (2.0, 8.0)
+# Points of wide draws from which it climbs because they have more density than the guide gives.
+_HUNTED = 64
+# With fewer effective points the probe's own estimates are noise.
+_LEAST_ESS = 20.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a look elsewhere found, and how far it reached.
+
+    Attributes:
+        log_evidence: Estimated with draws of the guide, of the maxima, and wider ones.
+        missed_mass: Share of the mass where the guide has less than a twentieth of the density that
+            it should have.
+        missed_mass_se: Its standard error.
+        count_maxima: Distinct maxima found.
+        log_evidence_se: Standard error of ``log_evidence``.
+        count_starts: Points from which it climbed; 0 if it is not known.
+        unfinished: Why the search was cut short, or "".
+        blind: What it could not see, or "".
+    """
+
+    log_evidence: float
+    missed_mass: float
+    missed_mass_se: float
+    count_maxima: int
+    log_evidence_se: float = 0.0
+    count_starts: int = 0
+    unfinished: str = ""
+    blind: str = ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the search came to the end that was planned for it."""
+        return not self.unfinished
+
+    @property
+    def reach(self) -> str:
+        """How far was looked, in words."""
+        if not self.count_starts:
+            return ""
+        return (
+            f"{self.count_starts} climbs; a piece whose basin holds more than "
+            f"{3 / self.count_starts:.1%} of the starts would have been seen with 95 %"
+        )
+
+
+def probe(
+    joint: LogJoint,
+    q: TorchDistribution,
+    z: Tensor,
+    *,
+    effort: Effort | None = None,
+    max_seconds: float | None = None,
+    seed: int = 1,
+    clock: Callable[[], float] = time.monotonic,
+) -> Probe:
+    r"""Looks for posterior mass where the guide has none.
+
+    A defensive mixture
+
+    .. math:: r = \tfrac12 q + \tfrac1{12} \big(t(\bar z, 2^2 S) + t(\bar z, 8^2 S) +
+              t(\mathrm{prior})\big) + \tfrac14 \sum_k \tfrac1K t(m_k, |H_k|^{-1})
+
+    adds to the guide wide Student-t's around its draws, one as wide as the prior, and one at each
+    maximum that climbs from new starts find (:func:`~pyro_nf.infer.maxima.find_maxima`). Its
+    importance weights :math:`p / r` are bounded where the guide is good and see mass where it is
+    not. The starts are draws of the prior, of balls of all sizes, of the guide's surroundings, and
+    those of many wide draws at which the posterior exceeds the guide most.
+
+    Counts bound it, not a clock: the same seed gives the same result to the last bit. How many
+    points climb follows from what the log joint costs by counted operations.
+
+    Args:
+        joint: The log joint density.
+        q: The guide's distribution.
+        z: Draws of it, ``(S, D)``.
+        effort: How far to look; by default as far as the cost of the log joint allows.
+        max_seconds: A bound of seconds. If it cuts the search short the result says so.
+        seed: Seed of all that is drawn; the global generators are left as they were.
+        clock: Returns the seconds that ``max_seconds`` counts.
+    """
+    budget = Budget(max_seconds=max_seconds, clock=clock)
+    effort = effort or Effort.for_joint(joint)
+    z = z.detach()
+    with own_randomness(seed):
+        prior = prior_draws(joint, effort.count_starts // 2)
+        reference = prior_reference(joint, prior)
+        wide = [*_wide(z), reference]
+        points = starts(joint, prior, reference, z, effort.count_starts)
+        hunted, blind = _hunted(joint, q, wide, points, effort.count_points)
+        maxima = find_maxima(joint, torch.cat([points, hunted]), effort, budget)
+        if blind:
+            nothing = math.nan, math.nan, math.nan
+            count = len(maxima.found)
+            return Probe(*nothing, count, math.nan, len(points), maxima.unfinished, blind)
+        return _compared(joint, q, z, wide, maxima, effort.count_points, len(points))
+
+
+def _hunted(
+    joint: LogJoint, q: TorchDistribution, wide: list[StudentT], points: Tensor, count: int
+) -> tuple[Tensor, str]:
+    """Points of many at which the posterior exceeds the guide most, or why that is not known."""
+    with torch.no_grad():
+        seen = torch.cat([*(t.sample(count // len(wide)) for t in wide), points])
+        try:
+            log_q = guide_log_prob(q, seen)
+        except (NotImplementedError, ValueError, RuntimeError, KeyError):
+            return points[:0], "the guide has a density only at its own draws"
+        excess = joint.log_prob(seen) - log_q
+    excess = torch.where(excess.isnan(), -torch.inf, excess)
+    return seen[excess.topk(min(_HUNTED, len(seen))).indices], ""
+
+
+def _compared(
+    joint: LogJoint,
+    q: TorchDistribution,
+    z: Tensor,
+    wide: list[StudentT],
+    maxima: Maxima,
+    count: int,
+    count_starts: int,
+) -> Probe:
+    """Importance sampling with the defensive mixture."""
+    near = [maximum.near for maximum in maxima.found]
+    parts = [*wide, *near]
+    counts = [count // 4 // len(wide)] * len(wide)
+    counts += [max(8, count // 4 // max(1, len(near)))] * len(near)
+    own = z[torch.randperm(len(z))[: count // 2]]
+    points = torch.cat([own, *(t.sample(n) for t, n in zip(parts, counts, strict=True))])
+    shares = torch.tensor([len(own), *counts]).to(z) / len(points)
+    with torch.no_grad():
+        log_p, log_q = joint.log_prob(points), guide_log_prob(q, points)
+        each = torch.stack([log_q, *(t.log_prob(points) for t in parts)])
+    log_r = (each + shares.log().unsqueeze(-1)).logsumexp(0)
+    usable = log_p.isfinite() & log_r.isfinite()
+    log_w = torch.where(usable, log_p - log_r, -torch.inf).double()
+    log_z = log_w.logsumexp(0) - math.log(len(points))
+    weights = log_w.softmax(0)
+    missed = (log_p - log_q > log_z - math.log(UNDER_COVERED)).double()
+    mass = float((weights * missed).sum())
+    se = float((weights * (missed - mass)).square().sum().sqrt())
+    share = weights.square().sum()
+    ess = float(1 / share)
+    return Probe(
+        float(log_z),
+        mass,
+        se,
+        len(maxima.found),
+        log_evidence_se=float((share - 1 / len(points)).clamp_min(0).sqrt()),
+        count_starts=count_starts,
+        unfinished=maxima.unfinished,
+        blind=maxima.blind if ess >= _LEAST_ESS else f"only {ess:.0f} of its points are effective",
+    )
+
+
+def _wide(z: Tensor) -> list[StudentT]:
+    """Around draws (S, D), wider than they are by each of the factors."""
+    if z.shape[-1] > MAX_FULL_DIM:
+        root = z.std(0)
+    else:
+        covariance = torch.cov(z.mT).reshape(z.shape[-1], z.shape[-1])
+        ridge = torch.finfo(z.dtype).eps * covariance.diagonal().max() * len(covariance)
+        root = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).to(z))
+    return [StudentT(z.mean(0), factor * root) for factor in WIDE]
+
+
+def guide_log_prob(q: TorchDistribution, z: Tensor) -> Tensor:
+    """The guide's log density; -inf where it is NaN."""
+    log_q = q.log_prob(z)
+    return torch.where(log_q.isnan(), -math.inf, log_q)
