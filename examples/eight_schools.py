@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import pyro_nf as nf
+from pyro_nf.infer.weights import khat_in_words
 from pyro_nf.plots import loss_curve, pair_plot, weights_plot
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> nf.Posterior:
     print(f"""
 ELBO                   {weights.elbo:8.3f} ± {weights.elbo_se:.3f}
 log evidence           {weights.log_evidence:8.3f} ± {weights.log_evidence_se:.3f}
-PSIS k-hat             {weights.khat:8.2f}
+PSIS k-hat             {khat_in_words(weights.khat):>8}
 effective sample size  {weights.ess:8.0f} of {len(posterior)} draws""")
 
     if not options.smoke:

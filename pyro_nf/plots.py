@@ -355,9 +355,9 @@ def weights_plot(weights: WeightsLike) -> Figure:
         axes.loglog(rank, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
         lowest = max(1e-3, min(0.5, 0.5 * raw.min().item()))
         axes.set(xlabel="rank", ylabel="weight / mean weight", ylim=(lowest, None))
-        axes.set_title(
-            f"k-hat {weights.khat:.2f}, effective sample size {weights.ess:.0f} of {count}"
-        )
+        # Equal weights have no tail, and so no shape of it.
+        khat = f"{weights.khat:.2f}" if weights.khat > -math.inf else "-"
+        axes.set_title(f"k-hat {khat}, effective sample size {weights.ess:.0f} of {count}")
         axes.legend(loc="lower left")
     return figure
 

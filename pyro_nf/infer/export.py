@@ -18,7 +18,7 @@ def inference_data(
     *,
     observed: Mapping[str, Tensor] | None = None,
     log_likelihood: Mapping[str, Tensor] | None = None,
-    attributes: Mapping[str, float] | None = None,
+    attributes: Mapping[str, float | str] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     chains: int = 1,
@@ -30,7 +30,8 @@ def inference_data(
         stats: Numbers for each draw, ``(S,)``.
         observed: Observed values of each site.
         log_likelihood: Of each observation for each draw, ``(S, *shape)``.
-        attributes: Numbers for all draws together.
+        attributes: Numbers and remarks for all draws together; with the statistics if there are
+            some, else with the draws.
         coords: Labels of dimensions.
         dims: Names of the dimensions of each site.
         chains: How many chains the draws are.
@@ -48,15 +49,16 @@ def inference_data(
 
     groups: Groups = {
         "posterior": {name: by_chain(draws) for name, draws in samples.items()},
-        "sample_stats": {name: by_chain(draws) for name, draws in stats.items()},
     }
+    if stats:
+        groups["sample_stats"] = {name: by_chain(draws) for name, draws in stats.items()}
     if log_likelihood:
         groups["log_likelihood"] = {name: by_chain(v) for name, v in log_likelihood.items()}
     if observed:
         groups["observed_data"] = {name: v.detach().cpu().numpy() for name, v in observed.items()}
     new = int(importlib.metadata.version("arviz").split(".")[0]) >= 1
     data = (_from_dict_1 if new else _from_dict_0)(groups, coords, dims)
-    data.sample_stats.attrs.update(attributes or {})
+    (data.sample_stats if stats else data.posterior).attrs.update(attributes or {})
     return data
 
 

@@ -29,6 +29,9 @@ _TRACE_COST = 300.0
 # Sites of a batch of this many particles (or one of the primes after it) are never mistaken for
 # a dimension of the model, so that a check with it shows every wrong broadcast.
 _CHECK_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+# Runs at one point that are compared to see whether the density is random: of a model that drew
+# from a global generator, and of another.
+_RUNS_THAT_DREW, _RUNS = 24, 8
 
 
 def _rng_state() -> tuple[Any, ...]:
@@ -202,8 +205,17 @@ class LogJoint:
         before = _rng_state()
         with fast_pyro(), SafeLinalg():
             log_prob, run = self._run(z, dynamic=True)
-            drew = _rng_state() != before  # which need not change the density
-            self.is_random = drew and not torch.equal(self._run(z, dynamic=True)[0], log_prob)
+            drew = _rng_state() != before
+            # Numbers that were drawn need not change the density, and a generator or a counter of
+            # the model's own need not show: only other runs tell, some of which agree by chance.
+            again = _RUNS_THAT_DREW if drew else _RUNS
+            rounding = 8 * torch.finfo(log_prob.dtype).eps
+            self.is_random = not all(
+                torch.allclose(
+                    self._run(z, dynamic=True)[0], log_prob, rounding, rounding, equal_nan=True
+                )
+                for _ in range(again)
+            )
         self.has_parameters = log_prob.requires_grad
         # Flat priors in float32 on data in float64: the density shows what the model computes in.
         self.init_loc = self.init_loc.to(log_prob.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,18 +33,19 @@ MOST_STARTS, FEWEST_STARTS, _STEPS = 8192, 64, 100
 _FEWER_STARTS, _FEWER_STEPS = 2.0, 12.0
 # Batches in which the operations are counted. No recording is made for such sizes.
 _COUNTED = (3, 9)
-# A climb with fewer steps has hardly begun; it starts anew with its unfinished points after so many.
+# After so many steps the climbs start anew with those of their points that have not ended.
 _PHASES = (30, 30, 40)
-# A point is a maximum if a Newton step would gain less (twice, in nats) than this.
-_AT_REST = 0.5
+# A point is a maximum if a Newton step would gain less (twice, in nats) than the first; it is
+# brought to the second if that can be.
+_AT_REST, _REST = 0.5, 1e-2
 # Newton steps that a point may make to come to rest, and the longest in its own sds.
 _POLISH, _LONGEST = 5, 3.0
-# Distinct maxima, and points that are tried for one without success.
+# Distinct maxima, and ends in a row that may turn out to be none.
 MOST_MAXIMA, _MOST_FAILURES = 32, 6
 # Maxima as near as this, in squared local sds and in nats, are one.
 _SAME = 1.0
 # A maximum whose local mass is this much smaller (nats) than the largest is left out.
-_NEGLIGIBLE = 25.0
+_NEGLIGIBLE = 12.0
 # Step of a difference of gradients, in sds of its coordinate.
 _DIFFERENCE = 0.25
 # Degrees of freedom of the Student-t at a maximum.
@@ -118,7 +120,7 @@ class Effort:
         while count > FEWEST_STARTS and _STEPS * nominal_cost(joint, count) > _FEWER_STARTS:
             count //= 2
         affordable = int(_FEWER_STEPS / nominal_cost(joint, count))
-        return cls(count, min(_STEPS, max(1, affordable)), min(4096, max(1024, count)))
+        return cls(count, min(_STEPS, max(1, affordable)), min(4096, max(256, count)))
 
     @property
     def is_cut_short(self) -> bool:
@@ -190,17 +192,13 @@ class Maxima:
 
     Attributes:
         found: The distinct maxima that hold mass, by Laplace's approximation, the heaviest first.
-        count_starts: How many points climbed.
-        share_at_rest: Share of them that ended at one of the maxima.
+        bare: Ends of climbs at which the density has no finite curvature, ``(N, D)``.
         unfinished: Why the search ended before its end, or "".
-        blind: What it could not see, or "".
     """
 
     found: tuple[Maximum, ...]
-    count_starts: int
-    share_at_rest: float
+    bare: Tensor
     unfinished: str = ""
-    blind: str = ""
 
 
 # ---- where to start
@@ -239,9 +237,9 @@ def prior_draws(joint: LogJoint, count: int, most_runs: int = FEWEST_STARTS) -> 
 def _batched_prior_draws(joint: LogJoint, count: int) -> Tensor | None:
     dtype, depth = joint.init_loc.dtype, joint.max_batch_ndim
     start = InitMessenger(init_anywhere(init_to_sample, dtype))
-    with torch.no_grad(), fast_pyro(), poutine.block(), poutine.trace() as tracer, start:
-        with pyro.plate("_draws", count, dim=-1 - depth):
-            joint.model(*joint.args, **joint.kwargs)
+    draws = pyro.plate("_draws", count, dim=-1 - depth)
+    with torch.no_grad(), fast_pyro(), poutine.block(), poutine.trace() as tracer, start, draws:
+        joint.model(*joint.args, **joint.kwargs)
     nodes: dict[str, Any] = dict(tracer.trace.nodes)
     pieces = []
     for name, site in joint.sites.items():
@@ -303,14 +301,15 @@ def starts(
 # ---- climbs
 
 
-def _climb(joint: LogJoint, z: Tensor, max_steps: int, budget: Budget) -> tuple[Tensor, ...]:
+def _climb(
+    joint: LogJoint, z: Tensor, max_steps: int, budget: Budget
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Where the points end, the density and gradient there, how far from rest, and steps made."""
-    value, grad = joint.value_and_grad(z)
+    z, value, grad = z.clone(), z.new_full(z.shape[:-1], -torch.inf), torch.zeros_like(z)
     gain = torch.full_like(value, torch.inf)
-    z, active, steps = z.clone(), value.isfinite(), 0
+    index, steps = torch.arange(len(z)).to(z.device), 0
     for phase in _PHASES:
-        index = active.nonzero().squeeze(-1)
-        if not len(index) or steps >= max_steps or budget.is_spent():
+        if not len(index) or steps >= max_steps or (steps and budget.is_spent()):
             break
         climb = BatchedLBFGS(joint.value_and_grad, z[index])
         for _ in range(min(phase, max_steps - steps)):
@@ -321,8 +320,8 @@ def _climb(joint: LogJoint, z: Tensor, max_steps: int, budget: Budget) -> tuple[
         z[index], value[index], grad[index] = climb.z, climb.value, climb.grad
         # Twice what Newton's step would gain, by the curvature that the climb has learnt.
         gain[index] = (climb._direction * climb.grad).sum(-1)
-        active[index] = ~climb.done
-    return z, value, grad, gain, torch.tensor(steps)
+        index = index[~climb.done]
+    return z, value, grad, gain, steps
 
 
 # ---- curvature
@@ -353,10 +352,8 @@ def curvature_scale(joint: LogJoint, z: Tensor) -> Tensor | None:
 
 
 def _hessians(joint: LogJoint, z: Tensor) -> Iterator[Tensor]:
-    try:
+    with contextlib.suppress(RuntimeError):  # an operation without a second derivative
         yield joint.hessian(z)
-    except RuntimeError:  # an operation without a second derivative
-        pass
     yield difference_hessian(joint, z)
 
 
@@ -389,95 +386,108 @@ def difference_hessian(joint: LogJoint, z: Tensor) -> Tensor:
 
 
 def find_maxima(
-    joint: LogJoint, points: Tensor, effort: Effort, budget: Budget | None = None
+    joint: LogJoint,
+    points: Tensor,
+    effort: Effort,
+    *,
+    least_mass: float = -math.inf,
+    budget: Budget | None = None,
 ) -> Maxima:
     """Climbs from all points at once and tells the maxima at their ends apart.
 
-    From the best end down, a point that Newton's steps bring to rest is a maximum, and all ends
-    that are near it under its own curvature, and not higher, are the same one.
+    An end that Newton's steps bring to rest is a maximum, and all ends near it whose density is
+    what its curvature predicts are the same one. The highest end that is left is tried, and one at
+    random, in turns: a narrow maximum is high, and one that many climbs reach need not be.
 
     Args:
         joint: The log joint density.
         points: Where to start, ``(N, D)``.
         effort: How many steps they may make.
+        least_mass: Log mass below which a maximum is not worth to be noted.
         budget: A bound of seconds, if there is one; without it the same points give the same
             maxima to the last bit.
     """
     budget = budget or Budget()
     z, value, grad, gain, steps = _climb(joint, points, effort.max_steps, budget)
-    finite = value.isfinite()
-    if not bool(finite.any()):
-        return Maxima((), len(points), 0.0, blind="nowhere did a climb find a finite density")
-    found, at_rest, blind = _distinct(joint, z, value, grad, gain, budget)
+    maxima, bare = _distinct(joint, z, value, grad, gain, least_mass, budget)
     unfinished = ""
     if budget.is_spent():
-        unfinished = f"the seconds ended the search after {int(steps)} steps"
+        unfinished = f"the seconds ended it after {steps} steps of the climbs"
     elif effort.is_cut_short:
         unfinished = f"the log joint is too dear for more than {effort.max_steps} steps of a climb"
-    return Maxima(found, len(points), at_rest, unfinished, blind)
+    return Maxima(tuple(maxima), torch.stack(bare) if bare else z[:0], unfinished)
 
 
 def _distinct(
-    joint: LogJoint, z: Tensor, value: Tensor, grad: Tensor, gain: Tensor, budget: Budget
-) -> tuple[tuple[Maximum, ...], float, str]:
-    dim, blind = z.shape[-1], ""
-    near = max(9.0, 2.0 * dim)
-    left, maxima, count_same = value.isfinite(), [], 0
-    for is_calm in (True, False):  # those that came to rest first
-        failures = 0
-        while len(maxima) < MOST_MAXIMA and failures < _MOST_FAILURES and not budget.is_spent():
-            candidates = left & (gain < _AT_REST) if is_calm else left
-            if not bool(candidates.any()):
-                break
-            i = int(torch.where(candidates, value, -torch.inf).argmax())
+    joint: LogJoint,
+    z: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    gain: Tensor,
+    least_mass: float,
+    budget: Budget,
+) -> tuple[list[Maximum], list[Tensor]]:
+    """The maxima among the ends of climbs, and ends without a curvature."""
+    near = max(9.0, 2.0 * z.shape[-1])
+    left, maxima, bare = value.isfinite(), list[Maximum](), list[Tensor]()
+    luck = torch.rand(len(z)).to(value)
+    failures = {"highest": 0, "any": 0}
+    while not budget.is_spent():
+        going = [way for way, count in failures.items() if count < _MOST_FAILURES]
+        if len(maxima) >= MOST_MAXIMA or not going or not bool(left.any()):
+            break
+        for way in going:
+            calm = left & (gain < _AT_REST)  # those first whose climb came to rest
+            candidates = calm if bool(calm.any()) else left
+            order = value if way == "highest" else luck
+            i = int(torch.where(candidates, order, -torch.inf).argmax())
             left[i] = False
-            maximum = _polished(joint, z[i], grad[i], float(value[i]))
-            if maximum is None:
-                blind = "at some ends of the climbs the density has no finite curvature"
-                failures += 1
+            scale, maximum = _polished(joint, z[i], grad[i], float(value[i]))
+            if scale is None:
+                bare.append(z[i])
+            if maximum is None or maximum.log_mass < least_mass:
+                failures[way] += 1
                 continue
-            if not maximum[1]:
-                failures += 1
-                continue
-            new = maximum[0]
-            distance = new.near.distance(z)
+            distance = maximum.near.distance(z)
             # At another maximum the density is higher than the curvature here predicts.
-            gap = (value - (new.log_density - 0.5 * distance)).abs()
-            same = left & (distance < near) & (gap < 1 + 0.1 * distance)
-            count_same += int(same.sum()) + 1
-            left &= ~same
-            again = any(
-                float(old.near.distance(new.near.loc[None])) < _SAME
-                and abs(old.log_density - new.log_density) < _SAME
-                for old in maxima
-            )
-            if not again:
-                maxima.append(new)
+            gap = (value - (maximum.log_density - 0.5 * distance)).abs()
+            left &= ~((distance < near) & (gap < 1 + 0.1 * distance))
+            if any(_are_same(maximum, other) for other in maxima):
+                failures[way] += 1
+            else:
+                failures[way] = 0
+                maxima.append(maximum)
     maxima.sort(key=lambda m: -m.log_mass)
-    kept = tuple(m for m in maxima if m.log_mass > maxima[0].log_mass - _NEGLIGIBLE)
-    return kept, count_same / len(z), blind
+    return [m for m in maxima if m.log_mass > maxima[0].log_mass - _NEGLIGIBLE], bare
+
+
+def _are_same(one: Maximum, other: Maximum) -> bool:
+    """By squared distance under the curvature of the second, and by value."""
+    distance = float(other.near.distance(one.near.loc.unsqueeze(0)))
+    return distance < _SAME and abs(one.log_density - other.log_density) < _SAME
 
 
 def _polished(
     joint: LogJoint, z: Tensor, grad: Tensor, value: float
-) -> tuple[Maximum, bool] | None:
-    """Newton's steps from an end of a climb, and whether they came to rest."""
+) -> tuple[Tensor | None, Maximum | None]:
+    """Newton's steps from the end of a climb: the scale there, and the maximum if there is one."""
+    scale = curvature_scale(joint, z)
     for _ in range(_POLISH):
-        scale = curvature_scale(joint, z)
         if scale is None:
-            return None
+            return None, None
         white = scale * grad if scale.dim() == 1 else scale.mT @ grad
         decrement = float(white.square().sum())
-        if not math.isfinite(decrement):
-            return None
-        if decrement < 1e-2:
-            return Maximum(StudentT(z, scale), value), True
+        if decrement < _REST:
+            return scale, Maximum(StudentT(z, scale), value)
         step = scale * white if scale.dim() == 1 else scale @ white
         step = step * min(1.0, _LONGEST / math.sqrt(decrement))
-        tries = z + torch.tensor([1.0, 0.3, 0.1, 0.03]).to(z).unsqueeze(-1) * step
+        tries = z + z.new_tensor([1.0, 0.3, 0.1, 0.03]).unsqueeze(-1) * step
         values, grads = joint.value_and_grad(tries)
         best = int(values.argmax())
         if not float(values[best]) > value:
             break
         z, grad, value = tries[best], grads[best], float(values[best])
-    return Maximum(StudentT(z, scale), value), decrement < _AT_REST
+        scale = curvature_scale(joint, z)
+    if scale is None or decrement >= _AT_REST:
+        return scale, None
+    return scale, Maximum(StudentT(z, scale), value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,16 +13,17 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from torch import Tensor
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_positive
 from pyro_nf.flows.distribution import FlowDistribution
-from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge, probe
+from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge
 from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.probe import probe
 from pyro_nf.infer.refine import independence, neutra
 from pyro_nf.infer.replay import SetFree, observed_values, pointwise_log_likelihood, predict
 from pyro_nf.infer.summary import Summary, summarize
-from pyro_nf.infer.weights import Weights, smooth
+from pyro_nf.infer.weights import Weights, khat_in_words, smooth
 from pyro_nf.train.loop import History
 from pyro_nf.train.randomness import own_randomness
 
@@ -35,6 +37,11 @@ _CHUNK = 2000
 @dataclass(frozen=True)
 class Posterior:
     r"""Draws from a guide with their importance weights :math:`w = p(x, z) / q(z)`.
+
+    Draws of resampling or of a Markov chain have no weights, and neither have those for a model
+    that takes a subsample or draws random numbers of its own: its density is another one at each
+    look. Whatever needs weights then raises an error with the reason; `resample` and `summary`
+    count all draws alike.
 
     Attributes:
         samples: The draws of each site in their natural shapes, ``(S, *shape)``; a scalar site is
@@ -96,7 +103,7 @@ class Posterior:
 
         Raises:
             ValueError: If no draw has a finite density.
-            TypeError: If the guide is of another kind.
+            TypeError: If the guide is of another kind, or a single point.
         """
         check_count("Posterior", "num_draws", num_draws)
         if not isinstance(guide, (AutoContinuous, AutoNormal)):
@@ -114,6 +121,7 @@ class Posterior:
                 q = _flat_normal(guide, tuple(joint.sites))
             else:
                 q = guide.get_posterior(*args, **kwargs)
+            _check_not_a_point(guide, q)
             pieces = []
             for start in range(0, num_draws, _CHUNK):
                 shape = (min(_CHUNK, num_draws - start),)
@@ -124,58 +132,91 @@ class Posterior:
                     log_q = q.log_prob(z)
                 pieces.append((z, log_q, joint.log_prob(z)))
         z, log_q, log_p = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        if not bool((log_p - log_q).isfinite().any()):
+            raise ValueError(
+                f"Posterior: none of {num_draws} draws of the guide has a finite density under the "
+                "model; fit the guide to this model and these arguments first, or draw more."
+            )
         return cls(joint.unpack(z), z, log_p, log_q, joint, history, q)
 
     def __len__(self) -> int:
         return len(self.z)
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name}{list(x.shape[1:]) or ''}" for name, x in self.samples.items())
+        if self.without_weights:
+            quality = "without weights"
+        else:
+            share = self.ess / len(self)
+            quality = f"k-hat {khat_in_words(self.khat)}, effective share {share:.0%}"
+        return f"Posterior({len(self)} draws of {sites}; {quality})"
+
+    @property
+    def without_weights(self) -> str:
+        """Why the draws have no weights, or ""."""
+        if self.log_q is None:
+            return (
+                "these draws come from resampling or a Markov chain and have no weights; take "
+                "log_weights, elbo or khat from the posterior they were made from"
+            )
+        if self.joint.is_random:
+            return (
+                "the model takes a subsample or draws random numbers of its own, so that its "
+                "density is another one at each look and the draws have no weights; take "
+                "Posterior.from_guide with a model of all rows"
+            )
+        return ""
+
     @cached_property
     def weights(self) -> Weights:
-        """Importance weights, raw and Pareto smoothed; all equal if the draws are of a chain."""
-        return smooth(torch.zeros_like(self.log_p) if self.log_q is None else self.log_weights)
+        """Importance weights, raw and Pareto smoothed.
+
+        Raises:
+            RuntimeError: If the draws have none.
+        """
+        return smooth(self.log_weights)
 
     @property
     def log_weights(self) -> Tensor:
         """``log p(x, z) - log q(z)`` of each draw, ``(S,)``.
 
         Raises:
-            RuntimeError: If the draws have no density of their own.
+            RuntimeError: If the draws have no weights.
         """
-        if self.log_q is None:
-            raise RuntimeError(
-                "Posterior: these draws come from resampling or a Markov chain and have no "
-                "weights; take log_weights, elbo or khat from the posterior they were made from."
-            )
+        if self.log_q is None or self.without_weights:
+            raise RuntimeError(f"Posterior: {self.without_weights}.")
         return self.log_p - self.log_q
+
+    def _shares(self) -> Tensor:
+        """The weights, summing to 1; all the same if there are none."""
+        if self.without_weights:
+            return torch.full_like(self.log_p, 1 / len(self), dtype=torch.float64)
+        return self.weights.normalized
 
     @property
     def elbo(self) -> float:
         """Mean of the log weights, a lower bound of the log evidence."""
-        return self._weighted().elbo
+        return self.weights.elbo
 
     @property
     def khat(self) -> float:
         """Pareto shape of the weights: below 0.7 they can be used."""
-        return self._weighted().khat
+        return self.weights.khat
 
     @property
     def ess(self) -> float:
         """Effective sample size of the weighted draws."""
-        return self._weighted().ess
+        return self.weights.ess
 
     @property
     def log_evidence(self) -> float:
         """Estimate of log p(x) from the smoothed weights."""
-        return self._weighted().log_evidence
+        return self.weights.log_evidence
 
     @property
     def log_evidence_se(self) -> float:
         """Standard error of ``log_evidence``."""
-        return self._weighted().log_evidence_se
-
-    def _weighted(self) -> Weights:
-        _ = self.log_weights  # raises if there are none
-        return self.weights
+        return self.weights.log_evidence_se
 
     def resample(self, num_draws: int | None = None, *, seed: int = 0) -> Posterior:
         """Draws with equal weights, by systematic resampling with the smoothed weights.
@@ -185,14 +226,15 @@ class Posterior:
             seed: Seed of the choice.
 
         Returns:
-            A posterior whose draws need no weights; some stand in it more than once.
+            A posterior whose draws need no weights; some stand in it more than once, so that the
+            effective sample size is that of the weights, and not the number of these draws.
         """
         count = len(self) if num_draws is None else num_draws
         check_count("Posterior.resample", "num_draws", count)
         generator = torch.Generator().manual_seed(seed)
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         ladder = (torch.arange(count, dtype=torch.float64) + shift) / count
-        cumulative = self.weights.normalized.cumsum(0)
+        cumulative = self._shares().double().cumsum(0)
         index = torch.searchsorted(cumulative / cumulative[-1], ladder).clamp_max(len(self) - 1)
         # in random order, so that any part of them is a fair sample too
         index = index[torch.randperm(count, generator=generator)].to(self.z.device)
@@ -209,40 +251,52 @@ class Posterior:
         self,
         others: Sequence[Posterior] = (),
         *,
-        max_seconds: float = 2.0,
+        max_seconds: float | None = None,
         seed: int = 1,
     ) -> Diagnosis:
         """Says how far the draws can be trusted, and what to do next.
 
         Beside k-hat, effective share and the gap between ELBO and evidence it looks for mass that
-        the guide misses: new climbs from random starts, and a wider Gaussian
-        (:func:`~pyro_nf.infer.diagnosis.probe`).
+        the guide misses: new climbs from random starts, and wider laws
+        (:func:`~pyro_nf.infer.probe.probe`). How far it looks follows from what the log joint
+        costs, counted in operations; no clock decides anything, so that the same seed gives the
+        same diagnosis.
 
         Args:
             others: Posteriors of independent fits of the same model, whose evidence should agree.
-            max_seconds: Most seconds for the climbs.
+            max_seconds: A bound of seconds for the climbs; None for none. A search that it cuts
+                short is no reason to call a posterior good, and the verdict says so.
             seed: Seed of the look elsewhere.
 
         Returns:
-            A :class:`~pyro_nf.infer.diagnosis.Diagnosis`; print it.
+            A :class:`~pyro_nf.infer.diagnosis.Diagnosis`; print it. For a model that takes a
+            subsample it has the reason and no numbers.
 
         Raises:
-            RuntimeError: If the draws have no weights.
+            RuntimeError: If the draws come from resampling or a Markov chain, or the guide has
+                changed since they were drawn.
             ValueError: If there is a single draw.
         """
-        weights = self._weighted()
+        if max_seconds is not None:
+            check_positive("Posterior.diagnose", "max_seconds", max_seconds)
+        if self.log_q is not None and self.without_weights:
+            return Diagnosis.without_weights(self.without_weights)
+        weights, compared = self.weights, [other.weights for other in others]
         if len(self) < 2:
             raise ValueError(
                 "Posterior.diagnose: one draw tells nothing; draw some thousands, as with "
                 "fit.posterior(4000)."
             )
-        with own_randomness(seed):
-            found = probe(
-                self.joint, self._distribution(), self.z, max_seconds=max_seconds, seed=seed
-            )
-        sites = check_sites(self.joint, self.z, weights)
-        compared = [other._weighted() for other in others]
-        return judge(weights, found, sites, compared, self.joint.is_random)
+        q = self._distribution()
+        found = probe(
+            self.joint,
+            q,
+            self.z,
+            log_evidence=weights.log_evidence,
+            max_seconds=max_seconds,
+            seed=seed,
+        )
+        return judge(weights, found, check_sites(self.joint, self.z, weights), compared)
 
     def refine(
         self,
@@ -274,9 +328,16 @@ class Posterior:
         Raises:
             ValueError: If the method is another, or a count is not positive.
             TypeError: If chains are asked for and the guide has no single transform.
+            RuntimeError: If chains are asked for and the density is another one at each look.
         """
         if method == "psis":
             return self.resample(seed=seed)
+        if self.joint.is_random:
+            raise RuntimeError(
+                f"Posterior.refine: {method!r} needs a density, but the model takes a subsample or "
+                "draws random numbers of its own; take Posterior.from_guide with a model of all "
+                "rows."
+            )
         ways = {"neutra": neutra, "independence": independence}
         if method not in ways:
             raise ValueError(
@@ -317,12 +378,14 @@ class Posterior:
         """Mean, sd, 5 %, 50 % and 95 % quantile of every entry of every site.
 
         Args:
-            weighted: Whether the draws count by their smoothed importance weights.
+            weighted: Whether the draws count by their smoothed importance weights; without
+                weights all count alike.
 
         Returns:
             A table that prints itself; ``table.rows`` has the numbers.
         """
-        weights = self.weights.normalized if weighted else None
+        has_weights = weighted and not self.without_weights
+        weights = self.weights.normalized if has_weights else None
         return summarize(self.samples, weights, self.chains)
 
     def predictive(
@@ -390,14 +453,19 @@ class Posterior:
         Returns:
             An ``InferenceData`` with arviz 0.x, a ``DataTree`` with arviz 1.x; with the groups
             posterior, sample_stats (lp, and log_weight if there are weights; khat, elbo and
-            log_evidence as attributes), observed_data and, if asked for, log_likelihood.
+            log_evidence as attributes; without weights the reason as ``without_weights``),
+            observed_data and, if asked for, log_likelihood.
         """
-        stats: dict[str, Tensor] = {"lp": self.log_p}
-        attributes: dict[str, float] = {}
-        if self.log_q is not None:
+        # A density that is another one at each look is no property of a draw.
+        stats = {} if self.joint.is_random else {"lp": self.log_p}
+        attributes: dict[str, float | str]
+        if self.without_weights:
+            attributes = {"without_weights": self.without_weights}
+        else:
             stats["log_weight"] = self.weights.smoothed
+            is_equal = self.khat == -math.inf
             attributes = {
-                "khat": self.khat,
+                "khat": khat_in_words(self.khat) if is_equal else self.khat,
                 "elbo": self.elbo,
                 "log_evidence": self.log_evidence,
                 "importance_ess": self.ess,
@@ -436,12 +504,24 @@ class Posterior:
         if what == "pairs":
             return pair_plot(self.samples if sites is None else {s: self.samples[s] for s in sites})
         if what == "weights":
-            return weights_plot(self._weighted())
+            return weights_plot(self.weights)
         if what != "loss":
             raise ValueError(f"Posterior.plot: wanted 'pairs', 'loss' or 'weights', got {what!r}.")
         if self.history is None:
             raise RuntimeError("Posterior.plot: these draws come without the history of a fit.")
         return loss_curve(self.history, ylabel="-ELBO")
+
+
+def _check_not_a_point(guide: object, q: dist.TorchDistribution) -> None:
+    inner: Any = q
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    if isinstance(inner, dist.Delta):
+        raise TypeError(
+            f"Posterior: {type(guide).__name__} has all its mass at one point, so that its draws "
+            "have no weights; take guide.laplace_approximation(*args) of an "
+            "AutoLaplaceApproximation, or another guide."
+        )
 
 
 def _flat_normal(guide: AutoNormal, sites: Sequence[str]) -> dist.TorchDistribution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -29,6 +29,10 @@ from pyro_nf.train.randomness import own_randomness
 UNDER_COVERED = 1 / 20
 # Widenings of the draws' own covariance when it looks for missed tails.
 WIDE = (2.0, 8.0)
+# A maximum that holds so little (nats) of the evidence is none that matters.
+_NEGLIGIBLE = 12.0
+# Points that are evaluated between two looks at the seconds, if they are bounded.
+_CHUNK = 256
 # Points of wide draws from which it climbs because they have more density than the guide gives.
 _HUNTED = 64
 # With fewer effective points the probe's own estimates are noise.
@@ -47,6 +51,7 @@ class Probe:
         count_maxima: Distinct maxima found.
         log_evidence_se: Standard error of ``log_evidence``.
         count_starts: Points from which it climbed; 0 if it is not known.
+        count_prior: How many of them are draws of the prior.
         unfinished: Why the search was cut short, or "".
         blind: What it could not see, or "".
     """
@@ -57,6 +62,7 @@ class Probe:
     count_maxima: int
     log_evidence_se: float = 0.0
     count_starts: int = 0
+    count_prior: int = 0
     unfinished: str = ""
     blind: str = ""
 
@@ -70,9 +76,12 @@ class Probe:
         """How far was looked, in words."""
         if not self.count_starts:
             return ""
+        if not self.count_prior:
+            return f"{self.count_starts} climbs, none from the prior, which has no draws"
         return (
-            f"{self.count_starts} climbs; a piece whose basin holds more than "
-            f"{3 / self.count_starts:.1%} of the starts would have been seen with 95 %"
+            f"{self.count_starts} climbs, {self.count_prior} from draws of the prior: a piece "
+            f"whose basin holds more than {3 / self.count_prior:.2g} of the prior would have been "
+            "seen with 95 %"
         )
 
 
@@ -81,6 +90,7 @@ def probe(
     q: TorchDistribution,
     z: Tensor,
     *,
+    log_evidence: float = -math.inf,
     effort: Effort | None = None,
     max_seconds: float | None = None,
     seed: int = 1,
@@ -106,6 +116,8 @@ def probe(
         joint: The log joint density.
         q: The guide's distribution.
         z: Draws of it, ``(S, D)``.
+        log_evidence: By the guide's own weights; maxima that hold next to nothing of it are left
+            out.
         effort: How far to look; by default as far as the cost of the log joint allows.
         max_seconds: A bound of seconds. If it cuts the search short the result says so.
         seed: Seed of all that is drawn; the global generators are left as they were.
@@ -113,34 +125,53 @@ def probe(
     """
     budget = Budget(max_seconds=max_seconds, clock=clock)
     effort = effort or Effort.for_joint(joint)
-    z = z.detach()
-    with own_randomness(seed):
+    z, least = z.detach(), log_evidence - _NEGLIGIBLE
+    with own_randomness(seed), torch.no_grad():
         prior = prior_draws(joint, effort.count_starts // 2)
         reference = prior_reference(joint, prior)
         wide = [*_wide(z), reference]
         points = starts(joint, prior, reference, z, effort.count_starts)
-        hunted, blind = _hunted(joint, q, wide, points, effort.count_points)
-        maxima = find_maxima(joint, torch.cat([points, hunted]), effort, budget)
-        if blind:
-            nothing = math.nan, math.nan, math.nan
-            count = len(maxima.found)
-            return Probe(*nothing, count, math.nan, len(points), maxima.unfinished, blind)
-        return _compared(joint, q, z, wide, maxima, effort.count_points, len(points))
+        try:
+            points = torch.cat([points, _hunted(joint, q, wide, effort.count_points, budget)])
+        except (NotImplementedError, ValueError, RuntimeError, KeyError):
+            # Some guides know the density of their own draws only.
+            maxima = find_maxima(joint, points, effort, least_mass=least, budget=budget)
+            found = Probe(
+                math.nan,
+                math.nan,
+                math.nan,
+                len(maxima.found),
+                unfinished=maxima.unfinished,
+                blind="the guide has a density only at its own draws",
+            )
+        else:
+            maxima = find_maxima(joint, points, effort, least_mass=least, budget=budget)
+            found = _compared(joint, q, z, wide, maxima, effort.count_points, budget)
+        return replace(found, count_starts=len(points), count_prior=len(prior))
+
+
+def _log_ps(joint: LogJoint, z: Tensor, budget: Budget) -> Tensor:
+    """The log joint density of as many of the points ``(S, D)`` as the seconds allow."""
+    if budget.max_seconds is None:
+        return joint.log_prob(z)
+    values: list[Tensor] = []
+    for piece in z.split(_CHUNK):
+        if values and budget.is_spent():
+            break
+        values.append(joint.log_prob(piece))
+    return torch.cat(values)
 
 
 def _hunted(
-    joint: LogJoint, q: TorchDistribution, wide: list[StudentT], points: Tensor, count: int
-) -> tuple[Tensor, str]:
-    """Points of many at which the posterior exceeds the guide most, or why that is not known."""
-    with torch.no_grad():
-        seen = torch.cat([*(t.sample(count // len(wide)) for t in wide), points])
-        try:
-            log_q = guide_log_prob(q, seen)
-        except (NotImplementedError, ValueError, RuntimeError, KeyError):
-            return points[:0], "the guide has a density only at its own draws"
-        excess = joint.log_prob(seen) - log_q
-    excess = torch.where(excess.isnan(), -torch.inf, excess)
-    return seen[excess.topk(min(_HUNTED, len(seen))).indices], ""
+    joint: LogJoint, q: TorchDistribution, wide: list[StudentT], count: int, budget: Budget
+) -> Tensor:
+    """Those of many wide draws at which the posterior exceeds the guide most."""
+    seen = torch.cat([t.sample(count // len(wide)) for t in wide])
+    seen = seen[torch.randperm(len(seen))]
+    log_q = guide_log_prob(q, seen)
+    log_p = _log_ps(joint, seen, budget)
+    excess = torch.where(log_p.isfinite(), log_p - log_q[: len(log_p)], -torch.inf)
+    return seen[excess.topk(min(_HUNTED, len(excess))).indices]
 
 
 def _compared(
@@ -150,7 +181,7 @@ def _compared(
     wide: list[StudentT],
     maxima: Maxima,
     count: int,
-    count_starts: int,
+    budget: Budget,
 ) -> Probe:
     """Importance sampling with the defensive mixture."""
     near = [maximum.near for maximum in maxima.found]
@@ -160,28 +191,36 @@ def _compared(
     own = z[torch.randperm(len(z))[: count // 2]]
     points = torch.cat([own, *(t.sample(n) for t, n in zip(parts, counts, strict=True))])
     shares = torch.tensor([len(own), *counts]).to(z) / len(points)
-    with torch.no_grad():
-        log_p, log_q = joint.log_prob(points), guide_log_prob(q, points)
-        each = torch.stack([log_q, *(t.log_prob(points) for t in parts)])
+    points = points[torch.randperm(len(points))]  # any part of them is a fair sample too
+    log_p = _log_ps(joint, points, budget)
+    is_whole, points = len(log_p) == len(points), points[: len(log_p)]
+    log_q = guide_log_prob(q, points)
+    each = torch.stack([log_q, *(t.log_prob(points) for t in parts)])
     log_r = (each + shares.log().unsqueeze(-1)).logsumexp(0)
     usable = log_p.isfinite() & log_r.isfinite()
     log_w = torch.where(usable, log_p - log_r, -torch.inf).double()
     log_z = log_w.logsumexp(0) - math.log(len(points))
     weights = log_w.softmax(0)
-    missed = (log_p - log_q > log_z - math.log(UNDER_COVERED)).double()
-    mass = float((weights * missed).sum())
-    se = float((weights * (missed - mass)).square().sum().sqrt())
-    share = weights.square().sum()
-    ess = float(1 / share)
+    least_missed = log_z - math.log(UNDER_COVERED)
+    missed = (log_p - log_q > least_missed).double()
+    mass = (weights * missed).sum()
+    square = weights.square().sum()
+    unfinished = maxima.unfinished or ("" if is_whole else "the seconds ended it")
+    blind = ""
+    if not float(1 / square) >= _LEAST_ESS:
+        blind = f"only {float(1 / square):.0f} of its {len(points)} points are effective"
+    elif len(maxima.bare):
+        excess = joint.log_prob(maxima.bare) - guide_log_prob(q, maxima.bare)
+        if bool((excess > least_missed).any()):
+            blind = "where a climb ended and the guide has no mass, there is no finite curvature"
     return Probe(
         float(log_z),
-        mass,
-        se,
-        len(maxima.found),
-        log_evidence_se=float((share - 1 / len(points)).clamp_min(0).sqrt()),
-        count_starts=count_starts,
-        unfinished=maxima.unfinished,
-        blind=maxima.blind if ess >= _LEAST_ESS else f"only {ess:.0f} of its points are effective",
+        float(mass),
+        float((weights * (missed - mass)).square().sum().sqrt()),
+        len(near),
+        log_evidence_se=float((square - 1 / len(points)).clamp_min(0).sqrt()),
+        unfinished=unfinished,
+        blind=blind,
     )
 
 

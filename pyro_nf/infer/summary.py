@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Row:
     Attributes:
         name: The site, with the index of the entry if the site is no scalar.
         mean: Mean of the draws.
-        sd: Standard deviation.
+        sd: Standard deviation; NaN if it is of one draw, or one draw has all the weight.
         q5: The 5 % quantile.
         median: The 50 % quantile.
         q95: The 95 % quantile.
@@ -41,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A table with a row for each entry; printing it shows the table.
+    """A table with a row for each entry; printing it shows the table, "-" where there is no number.
 
     Attributes:
         rows: The rows, in the order of the sites.
@@ -63,8 +64,8 @@ class Summary:
         head = " " * width + "".join(f"{t:>11}" for t in titles)
         lines = [
             f"{r.name:<{width}}"
-            + "".join(f"{v:>11.4g}" for v in (r.mean, r.sd, r.q5, r.median, r.q95))
-            + (f"{r.rhat:>11.3f}{r.ess:>11.0f}" if chains else "")
+            + "".join(_cell(v, ".4g") for v in (r.mean, r.sd, r.q5, r.median, r.q95))
+            + (_cell(r.rhat, ".3f") + _cell(r.ess, ".0f") if chains else "")
             for r in self.rows
         ]
         return "\n".join([head, *lines])
@@ -77,6 +78,10 @@ class Summary:
             if row.name == name:
                 return row
         raise KeyError(f"no row {name!r}; there are {[row.name for row in self.rows]}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-':>11}" if value is None or math.isnan(value) else f"{value:>11{form}}"
 
 
 def summarize(
@@ -98,15 +103,19 @@ def summarize(
 
 
 def _moments(values: Tensor, weights: Tensor | None) -> tuple[float, ...]:
+    count = len(values)
     if weights is None:
-        mean, sd = values.mean(), values.std()
+        mean, sd = values.mean(), values.std() if count > 1 else values.new_tensor(math.nan)
         quantiles = values.quantile(values.new_tensor(QUANTILES))
     else:
         w = weights.to(values)
         mean = (w * values).sum()
-        sd = (w * (values - mean).square()).sum().sqrt()
+        # For equal weights 1 - sum w^2 is 1 - 1/S, and this the usual unbiased variance.
+        left = 1 - w.square().sum()
+        left = torch.where(left > 1e-9, left, torch.nan)
+        sd = ((w * (values - mean).square()).sum() / left).sqrt()
         ordered, order = values.sort()
         cumulative = w[order].cumsum(0) - 0.5 * w[order]
-        at = torch.searchsorted(cumulative, values.new_tensor(QUANTILES)).clamp_max(len(values) - 1)
+        at = torch.searchsorted(cumulative, values.new_tensor(QUANTILES)).clamp_max(count - 1)
         quantiles = ordered[at]
     return (mean.item(), sd.item(), *quantiles.tolist())

@@ -33,7 +33,9 @@ class Weights:
         smoothed: Log weights whose largest are replaced by quantiles of a generalised Pareto
             distribution fitted to them, on the same scale, shape ``(S,)``.
         khat: The shape of that distribution. Below 0.5 importance sampling converges fast, below
-            0.7 it can be used; above, ``q`` misses too much of ``p``.
+            0.7 it can be used; above, ``q`` misses too much of ``p``. Weights that are equal have
+            no tail: -inf then stands for no number (:func:`khat_in_words`). With too few weights
+            to tell, or with one beyond all others, it is inf.
 
     *Pareto Smoothed Importance Sampling* (Vehtari, Simpson, Gelman, Yao, Gabry, 2024).
     """
@@ -59,8 +61,8 @@ class Weights:
 
     @property
     def elbo_se(self) -> float:
-        """Standard error of ``elbo``, the rounding of log densities included."""
-        return math.hypot(float(self.raw.std() / math.sqrt(len(self.raw))), ROUNDING)
+        """Standard error of ``elbo``, rounding included; inf if a single draw cannot tell it."""
+        return _standard_error(self.raw)
 
     @property
     def log_evidence(self) -> float:
@@ -69,9 +71,36 @@ class Weights:
 
     @property
     def log_evidence_se(self) -> float:
-        """Standard error of ``log_evidence``, by the delta method and with the rounding."""
-        relative = self.normalized * len(self.smoothed)
-        return math.hypot(float(relative.std() / math.sqrt(len(relative))), ROUNDING)
+        """Standard error of ``log_evidence``, by the delta method, rounding included.
+
+        It is inf for a single draw, which cannot tell it.
+        """
+        return _standard_error(self.normalized * len(self.smoothed))
+
+    def of_finite(self) -> Weights:
+        """Only the draws that have a density."""
+        finite = self.raw.isfinite()
+        return Weights(self.raw[finite], self.smoothed[finite], self.khat)
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean of independent values; inf where they do not tell it."""
+    if len(values) < 2 or not bool(values.isfinite().all()):
+        return math.inf
+    return math.hypot(float(values.std() / math.sqrt(len(values))), ROUNDING)
+
+
+def khat_in_words(khat: float) -> str:
+    """k-hat for print: a number, or why there is none.
+
+    Args:
+        khat: As in :class:`Weights`; -inf stands for equal weights, which have no tail.
+
+    Example:
+        >>> khat_in_words(0.314), khat_in_words(-math.inf)
+        ('0.31', 'none: the weights are equal')
+    """
+    return "none: the weights are equal" if khat == -math.inf else f"{khat:.2f}"
 
 
 def smooth(log_weights: Tensor) -> Weights:
