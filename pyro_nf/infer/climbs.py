@@ -83,12 +83,20 @@ class BatchedLBFGS:
 
     def keep(self, count: int) -> None:
         """Goes on with the best points only."""
-        best = self.value.topk(min(count, len(self.value))).indices
+        self.select(self.value.topk(min(count, len(self.value))).indices)
+
+    def select(self, index: Tensor) -> None:
+        """Goes on with these points only."""
         for name in ("z", "value", "grad", "done", "_alpha", "_has_curvature", "_failures"):
-            setattr(self, name, getattr(self, name)[best])
-        self._gains, self._direction = self._gains[best], self._direction[best]
+            setattr(self, name, getattr(self, name)[index])
+        self._gains, self._direction = self._gains[index], self._direction[index]
         for pairs in (self._steps, self._changes, self._rho):
-            pairs[:] = [pair[best] for pair in pairs]
+            pairs[:] = [pair[index] for pair in pairs]
+
+    @property
+    def expected_gain(self) -> Tensor:
+        """Twice what a Newton step would gain, by the curvature that the climb knows (S,)."""
+        return (self._direction * self.grad).sum(-1)
 
     def step(self, tolerance: float = 1e-3) -> None:
         """One call of the log joint: each point moves, or halves its step.

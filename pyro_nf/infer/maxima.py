@@ -31,10 +31,10 @@ _CLIMB_NUMBERS = 60
 MOST_STARTS, FEWEST_STARTS, _STEPS = 8192, 64, 100
 # Costs, by that measure, at which fewer points climb, and at which they make fewer steps.
 _FEWER_STARTS, _FEWER_STEPS = 2.0, 12.0
+# The cost of all draws of the prior where each takes a run of the model.
+_PRIOR_COST = 0.5
 # Batches in which the operations are counted. No recording is made for such sizes.
 _COUNTED = (3, 9)
-# After so many steps the climbs start anew with those of their points that have not ended.
-_PHASES = (30, 30, 40)
 # A point is a maximum if a Newton step would gain less (twice, in nats) than the first; it is
 # brought to the second if that can be.
 _AT_REST, _REST = 0.5, 1e-2
@@ -204,52 +204,69 @@ class Maxima:
 # ---- where to start
 
 
-def prior_draws(joint: LogJoint, count: int, most_runs: int = FEWEST_STARTS) -> Tensor:
+def prior_draws(joint: LogJoint, count: int) -> Tensor:
     """Coordinates of draws of the prior, by one run of the model if it runs on a batch.
 
-    Flat priors have no draws: there the coordinates are 0.
+    Else they come one by one, as many as the cost of a run allows. Flat priors have no draws: there
+    the coordinates are 0.
 
     Args:
         joint: The log joint density.
         count: How many draws are wanted.
-        most_runs: How many runs of the model may be made for them if it does not run on a batch.
 
     Returns:
         Finite draws ``(N, D)``; fewer than asked for, or none, where the model cannot give them.
     """
     draws: Tensor | None = None
-    if joint.kind == "batched" and not joint._centring:
-        try:
-            draws = _batched_prior_draws(joint, count)
-        except Exception:  # a model that fails in this way is asked in another
-            draws = None
+    if joint.kind in _PRIOR_WAYS and not joint._centring:
+        # A model that fails in this way is asked in another.
+        with contextlib.suppress(Exception):
+            draws = _PRIOR_WAYS[joint.kind](joint, count)
     if draws is None:
+        affordable = max(FEWEST_STARTS // 4, int(_PRIOR_COST / nominal_cost(joint, 1)))
         singles = []
-        for seed in torch.randint(2**31, (min(count, most_runs),)).tolist():
-            try:
+        for seed in torch.randint(2**31, (min(count, affordable),)).tolist():
+            # With some draws of the prior the model cannot run.
+            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
                 singles.append(joint.prior_draw(seed))
-            except (ValueError, RuntimeError, NotImplementedError):
-                continue  # a draw with which the model cannot run
         draws = torch.stack(singles) if singles else joint.init_loc.new_zeros(0, joint.latent_dim)
     return draws[draws.isfinite().all(-1)].clamp(-1e6, 1e6)
 
 
-def _batched_prior_draws(joint: LogJoint, count: int) -> Tensor | None:
-    dtype, depth = joint.init_loc.dtype, joint.max_batch_ndim
-    start = InitMessenger(init_anywhere(init_to_sample, dtype))
-    draws = pyro.plate("_draws", count, dim=-1 - depth)
-    with torch.no_grad(), fast_pyro(), poutine.block(), poutine.trace() as tracer, start, draws:
-        joint.model(*joint.args, **joint.kwargs)
-    nodes: dict[str, Any] = dict(tracer.trace.nodes)
-    pieces = []
+def _prior_sites(joint: LogJoint, *around: Any) -> dict[str, Tensor]:
+    """The unconstrained coordinates of each site of one run that draws the prior."""
+    draw = InitMessenger(init_anywhere(init_to_sample, joint.init_loc.dtype))
+    with contextlib.ExitStack() as stack:
+        for context in (torch.no_grad(), fast_pyro(), poutine.block(), draw, *around):
+            stack.enter_context(context)
+        trace = poutine.trace(joint.model).get_trace(*joint.args, **joint.kwargs)
+    nodes: dict[str, Any] = dict(trace.nodes)
+    coordinates = {}
     for name, site in joint.sites.items():
         node = nodes[name]
         transform = bijection(name, node["fn"]) if joint.dynamic_sites else site.transform
-        u = transform.inv(node["value"])
-        if u.shape != (count, *(1,) * (depth - site.batch_ndim), *site.unconstrained_shape):
+        coordinates[name] = transform.inv(node["value"]).to(joint.init_loc.dtype)
+    return coordinates
+
+
+def _prior_by_batch(joint: LogJoint, count: int) -> Tensor | None:
+    depth = joint.max_batch_ndim
+    coordinates = _prior_sites(joint, pyro.plate("_draws", count, dim=-1 - depth))
+    for name, site in joint.sites.items():
+        pad = (1,) * (depth - site.batch_ndim)
+        if coordinates[name].shape != (count, *pad, *site.unconstrained_shape):
             return None
-        pieces.append(u.reshape(count, site.size).to(dtype))
-    return torch.cat(pieces, -1)
+    return torch.cat([u.reshape(count, -1) for u in coordinates.values()], -1)
+
+
+def _prior_by_vmap(joint: LogJoint, count: int) -> Tensor | None:
+    def one(_: Tensor) -> Tensor:
+        return torch.cat([u.reshape(-1) for u in _prior_sites(joint).values()])
+
+    return torch.func.vmap(one, randomness="different")(joint.init_loc.new_zeros(count))
+
+
+_PRIOR_WAYS = {"batched": _prior_by_batch, "vmap": _prior_by_vmap}
 
 
 def prior_reference(joint: LogJoint, prior: Tensor) -> StudentT:
@@ -301,27 +318,30 @@ def starts(
 # ---- climbs
 
 
-def _climb(
-    joint: LogJoint, z: Tensor, max_steps: int, budget: Budget
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Where the points end, the density and gradient there, how far from rest, and steps made."""
-    z, value, grad = z.clone(), z.new_full(z.shape[:-1], -torch.inf), torch.zeros_like(z)
-    gain = torch.full_like(value, torch.inf)
-    index, steps = torch.arange(len(z)).to(z.device), 0
-    for phase in _PHASES:
-        if not len(index) or steps >= max_steps or (steps and budget.is_spent()):
-            break
-        climb = BatchedLBFGS(joint.value_and_grad, z[index])
-        for _ in range(min(phase, max_steps - steps)):
-            if bool(climb.done.all()) or budget.is_spent():
-                break
-            climb.step()
-            steps += 1
-        z[index], value[index], grad[index] = climb.z, climb.value, climb.grad
-        # Twice what Newton's step would gain, by the curvature that the climb has learnt.
-        gain[index] = (climb._direction * climb.grad).sum(-1)
-        index = index[~climb.done]
-    return z, value, grad, gain, steps
+@dataclass(frozen=True)
+class _Ends:
+    """Where climbs ended: points (N, D), densities, gradients, and what is left to gain (N,)."""
+
+    z: Tensor
+    value: Tensor
+    grad: Tensor
+    gain: Tensor
+
+
+def _climb(joint: LogJoint, z: Tensor, max_steps: int, budget: Budget) -> tuple[_Ends, int]:
+    """The ends of climbs from all points, of which none is left behind, and the steps made."""
+    climb, index = BatchedLBFGS(joint.value_and_grad, z), torch.arange(len(z)).to(z.device)
+    ends = _Ends(z.clone(), climb.value.clone(), climb.grad.clone(), climb.expected_gain)
+    steps = 0
+    while steps < max_steps and not bool(climb.done.all()) and not budget.is_spent():
+        climb.step()
+        steps += 1
+        ends.z[index], ends.value[index], ends.grad[index] = climb.z, climb.value, climb.grad
+        ends.gain[index] = climb.expected_gain
+        if 4 * int(climb.done.sum()) > len(index):  # those at their ends cost no more
+            index = index[~climb.done]
+            climb.select(~climb.done)
+    return ends, steps
 
 
 # ---- curvature
@@ -408,26 +428,21 @@ def find_maxima(
             maxima to the last bit.
     """
     budget = budget or Budget()
-    z, value, grad, gain, steps = _climb(joint, points, effort.max_steps, budget)
-    maxima, bare = _distinct(joint, z, value, grad, gain, least_mass, budget)
+    ends, steps = _climb(joint, points, effort.max_steps, budget)
+    maxima, bare = _distinct(joint, ends, least_mass, budget)
     unfinished = ""
     if budget.is_spent():
         unfinished = f"the seconds ended it after {steps} steps of the climbs"
     elif effort.is_cut_short:
         unfinished = f"the log joint is too dear for more than {effort.max_steps} steps of a climb"
-    return Maxima(tuple(maxima), torch.stack(bare) if bare else z[:0], unfinished)
+    return Maxima(tuple(maxima), torch.stack(bare) if bare else points[:0], unfinished)
 
 
 def _distinct(
-    joint: LogJoint,
-    z: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    gain: Tensor,
-    least_mass: float,
-    budget: Budget,
+    joint: LogJoint, ends: _Ends, least_mass: float, budget: Budget
 ) -> tuple[list[Maximum], list[Tensor]]:
     """The maxima among the ends of climbs, and ends without a curvature."""
+    z, value = ends.z, ends.value
     near = max(9.0, 2.0 * z.shape[-1])
     left, maxima, bare = value.isfinite(), list[Maximum](), list[Tensor]()
     luck = torch.rand(len(z)).to(value)
@@ -437,12 +452,12 @@ def _distinct(
         if len(maxima) >= MOST_MAXIMA or not going or not bool(left.any()):
             break
         for way in going:
-            calm = left & (gain < _AT_REST)  # those first whose climb came to rest
+            calm = left & (ends.gain < _AT_REST)  # those first whose climb came to rest
             candidates = calm if bool(calm.any()) else left
             order = value if way == "highest" else luck
             i = int(torch.where(candidates, order, -torch.inf).argmax())
             left[i] = False
-            scale, maximum = _polished(joint, z[i], grad[i], float(value[i]))
+            scale, maximum = _polished(joint, z[i], ends.grad[i], float(value[i]))
             if scale is None:
                 bare.append(z[i])
             if maximum is None or maximum.log_mass < least_mass:

@@ -171,7 +171,7 @@ def _hunted(
     log_q = guide_log_prob(q, seen)
     log_p = _log_ps(joint, seen, budget)
     excess = torch.where(log_p.isfinite(), log_p - log_q[: len(log_p)], -torch.inf)
-    return seen[excess.topk(min(_HUNTED, len(excess))).indices]
+    return seen[excess.topk(min(_HUNTED, len(excess), count // 16)).indices]
 
 
 def _compared(
