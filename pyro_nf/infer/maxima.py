@@ -74,29 +74,24 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def nominal_cost(joint: LogJoint, count: int) -> float:
-    """What a step of so many climbs costs, by counted operations and not by a clock.
+def nominal_cost(joint: LogJoint) -> tuple[float, float]:
+    """What a step of climbs costs, by counted operations and not by a clock.
 
     Args:
         joint: The log joint density.
-        count: How many points climb.
 
     Returns:
-        Seconds of a nominal machine; the same for the same model wherever and whenever it runs.
+        Seconds of a nominal machine for a step of no points, and for each point more; the same for
+        the same model wherever and whenever it runs.
     """
-    calls, numbers = [], []
+    costs = []
     for rows in _COUNTED:
         with _OperationCount() as counted:
             joint.value_and_grad(joint.init_loc.expand(rows, -1))
-        calls.append(counted.calls)
-        numbers.append(counted.numbers)
-
-    def at(values: list[int]) -> float:
-        slope = (values[1] - values[0]) / (_COUNTED[1] - _COUNTED[0])
-        return max(values[0] + slope * (count - _COUNTED[0]), 0.0)
-
-    own = _CLIMB_NUMBERS * count * joint.latent_dim
-    return _CALL * at(calls) + _NUMBER * (at(numbers) + own)
+        own = _CLIMB_NUMBERS * rows * joint.latent_dim
+        costs.append(_CALL * counted.calls + _NUMBER * (counted.numbers + own))
+    each = (costs[1] - costs[0]) / (_COUNTED[1] - _COUNTED[0])
+    return max(costs[0] - _COUNTED[0] * each, 0.0), each
 
 
 @dataclass(frozen=True)
@@ -116,10 +111,11 @@ class Effort:
     @classmethod
     def for_joint(cls, joint: LogJoint) -> Effort:
         """As much as a log joint density of this cost allows, by a rule that asks no clock."""
+        fixed, each = nominal_cost(joint)
         count = MOST_STARTS
-        while count > FEWEST_STARTS and _STEPS * nominal_cost(joint, count) > _FEWER_STARTS:
+        while count > FEWEST_STARTS and _STEPS * (fixed + count * each) > _FEWER_STARTS:
             count //= 2
-        affordable = int(_FEWER_STEPS / nominal_cost(joint, count))
+        affordable = int(_FEWER_STEPS / (fixed + count * each))
         return cls(count, min(_STEPS, max(1, affordable)), min(4096, max(256, count)))
 
     @property
@@ -223,7 +219,7 @@ def prior_draws(joint: LogJoint, count: int) -> Tensor:
         with contextlib.suppress(Exception):
             draws = _PRIOR_WAYS[joint.kind](joint, count)
     if draws is None:
-        affordable = max(FEWEST_STARTS // 4, int(_PRIOR_COST / nominal_cost(joint, 1)))
+        affordable = max(FEWEST_STARTS // 4, int(_PRIOR_COST / sum(nominal_cost(joint))))
         singles = []
         for seed in torch.randint(2**31, (min(count, affordable),)).tolist():
             # With some draws of the prior the model cannot run.
@@ -304,7 +300,7 @@ def starts(
     flat = (prior == 0).all(0)
     draws = torch.where(flat, noise[: len(prior)], prior)
     around, balls = noise[len(draws) :].tensor_split([count // 8])
-    widths = middle.new_tensor([1.0, 2.0, 4.0])[torch.arange(len(around)) % 3].unsqueeze(-1)
+    widths = middle.new_tensor([0.0, 1.0, 2.0, 4.0])[torch.arange(len(around)) % 4].unsqueeze(-1)
     sd = known.std(0) if len(known) > 1 else torch.ones_like(middle)
     around = known[torch.randint(len(known), (len(around),))] + widths * sd * around
     # Radii are uniform in their logarithm, from a twentieth of the prior's spread to twice of it.
