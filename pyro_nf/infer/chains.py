@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+# Draws of a chain with which halves can be compared.
+_SHORTEST = 4
 
 
 def rhat_and_ess(draws: Tensor, chains: int) -> tuple[float, float]:
@@ -19,6 +23,9 @@ def rhat_and_ess(draws: Tensor, chains: int) -> tuple[float, float]:
         draws: Chain after chain, ``(S,)``.
         chains: How many chains; at least 2.
 
+    Returns:
+        Both; NaN for a chain that never moved, or is too short to be cut in two.
+
     Example:
         >>> import torch
         >>> rhat, ess = rhat_and_ess(torch.randn(4000), chains=4)
@@ -26,6 +33,8 @@ def rhat_and_ess(draws: Tensor, chains: int) -> tuple[float, float]:
         True
     """
     values: np.ndarray[Any, Any] = draws.detach().double().cpu().numpy().reshape(chains, -1)
+    if values.shape[1] < _SHORTEST or (np.ptp(values, axis=1) == 0).any():
+        return math.nan, math.nan
     if importlib.util.find_spec("arviz_stats") is not None:  # arviz 1.x, or beside 0.x
         from arviz_stats.base.array import array_stats
 

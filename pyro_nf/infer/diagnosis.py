@@ -107,6 +107,7 @@ class Diagnosis:
         lines += [
             f"  {site.name:<20} shift {site.shift:+.2f} sd, sd ratio {site.sd_ratio:.2f}"
             for site in self.worst_sites
+            if math.isfinite(site.shift) and math.isfinite(site.sd_ratio)
         ]
         return "\n".join([*lines, f"  next: {self.advice}"])
 
@@ -147,7 +148,12 @@ def check_sites(joint: LogJoint, z: Tensor, weights: Weights) -> list[SiteCheck]
         for i in range(site.size)
     ]
     checks = [SiteCheck(*row) for row in zip(names, shift.tolist(), ratio.tolist(), strict=True)]
-    return sorted(checks, key=lambda c: -max(abs(c.shift), abs(c.sd_ratio - 1)))
+    # Where one draw has all the weight there is no sd, and nothing is worse.
+    return sorted(checks, key=lambda c: -max(_size(c.shift), _size(c.sd_ratio - 1)))
+
+
+def _size(change: float) -> float:
+    return abs(change) if math.isfinite(change) else math.inf
 
 
 def judge(

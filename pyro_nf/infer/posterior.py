@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 
 from pyro_nf._checks import check_count, check_positive
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 # Draws that are evaluated at once: enough to fill vector units, few enough to fit in memory.
 _CHUNK = 2000
+# Draws at which the density of the guide is compared with what it was, and how far (nats) it may be
+# from that by rounding.
+_COMPARED, _CHANGED = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Posterior:
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
             if joint is None:
-                joint = LogJoint(model or guide.model, args, kwargs, seed=seed)
+                init = getattr(guide, "init_loc_fn", init_to_median)
+                own = model or _without_init(guide.model)
+                joint = LogJoint(own, args, kwargs, init_loc_fn=init, seed=seed)
             if isinstance(guide, AutoNormal):
                 q = _flat_normal(guide, tuple(joint.sites))
             else:
@@ -288,6 +294,7 @@ class Posterior:
                 "fit.posterior(4000)."
             )
         q = self._distribution()
+        self._check_guide(q)
         found = probe(
             self.joint,
             q,
@@ -373,6 +380,22 @@ class Posterior:
         if self.q is None:
             raise RuntimeError("Posterior: these draws were made without a guide.")
         return self.q
+
+    def _check_guide(self, q: dist.TorchDistribution) -> None:
+        """Raises if the guide no longer has the density that the draws were drawn with."""
+        some = slice(0, _COMPARED)
+        try:
+            with torch.no_grad():
+                now = q.log_prob(self.z[some])
+        except (NotImplementedError, ValueError, RuntimeError, KeyError):
+            return  # some guides know the density of their own draws only
+        assert self.log_q is not None
+        gap = float((now - self.log_q[some]).abs().median())
+        if gap > _CHANGED:
+            raise RuntimeError(
+                f"Posterior.diagnose: the log density of the guide at these draws has changed by "
+                f"{gap:.2g} since they were drawn; make new ones, as with fit.posterior(4000)."
+            )
 
     def summary(self, *, weighted: bool = False) -> Summary:
         """Mean, sd, 5 %, 50 % and 95 % quantile of every entry of every site.
@@ -510,6 +533,19 @@ class Posterior:
         if self.history is None:
             raise RuntimeError("Posterior.plot: these draws come without the history of a fit.")
         return loss_curve(self.history, ylabel="-ELBO")
+
+
+def _without_init(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that one of Pyro's guides has wrapped, so that latents take their initial values.
+
+    As it is wrapped it has no draws of the prior.
+    """
+    for form in (model, getattr(model, "func", None)):
+        if isinstance(form, partial) and len(form.args) == 2:
+            messenger, inner = form.args
+            if isinstance(messenger, InitMessenger):
+                return _without_init(inner)
+    return model
 
 
 def _check_not_a_point(guide: object, q: dist.TorchDistribution) -> None:

@@ -226,12 +226,13 @@ def _compared(
 
 def _wide(z: Tensor) -> list[StudentT]:
     """Around draws (S, D), wider than they are by each of the factors."""
-    if z.shape[-1] > MAX_FULL_DIM:
-        root = z.std(0)
-    else:
+    sd = z.std(0) if len(z) > 1 else torch.zeros_like(z[0])
+    root = torch.where(sd > 0, sd, 1.0)
+    if z.shape[-1] <= MAX_FULL_DIM:
         covariance = torch.cov(z.mT).reshape(z.shape[-1], z.shape[-1])
         ridge = torch.finfo(z.dtype).eps * covariance.diagonal().max() * len(covariance)
-        root = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).to(z))
+        full, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(sd)).to(z))
+        root = full if not failed else root.diag_embed()
     return [StudentT(z.mean(0), factor * root) for factor in WIDE]
 
 

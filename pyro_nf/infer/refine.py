@@ -83,7 +83,8 @@ def neutra(
         ValueError: If a count is not positive.
     """
     check_count("neutra", "num_draws", num_draws)
-    density, calls, chains = pulled_back(joint, q), 0, []
+    density, calls = pulled_back(joint, q), 0
+    chains, acceptance = [], []
 
     def potential(params: dict[str, Tensor]) -> Tensor:
         nonlocal calls
@@ -101,9 +102,10 @@ def neutra(
         )
         mcmc.run()
         chains.append(mcmc.get_samples()["x"])
+        acceptance.append(float(kernel._mean_accept_prob))
     with torch.no_grad():
         z = q.transform.forward_and_ladj(torch.cat(chains))[0]
-    return Chains(z, len(x), calls, float(kernel._mean_accept_prob))
+    return Chains(z, len(x), calls, sum(acceptance) / len(acceptance))
 
 
 def independence(

@@ -109,12 +109,107 @@ def test_resampled_draws_have_nothing_to_diagnose() -> None:
         posterior.resample().diagnose()
 
 
-def test_a_density_that_is_an_estimate_is_not_good() -> None:
-    even = smooth(0.01 * torch.randn(1000, generator=torch.Generator().manual_seed(0)))
-    assert judge(even, Probe(0.0, 0.0, 0.0, 1), [], []).verdict == "good"
-    diagnosis = judge(even, Probe(0.0, 0.0, 0.0, 1), [], [], is_random=True)
+SEEN = Probe(0.0, 0.0, 0.0, 1, log_evidence_se=0.01, count_starts=100, count_prior=50)
+UNSEEN = [
+    replace(SEEN, unfinished="the log joint is too dear for more than 1 steps of a climb"),
+    replace(SEEN, blind="the guide has a density only at its own draws", log_evidence=math.nan),
+    Probe(math.nan, math.nan, math.nan, 0, blind="only 3 of its 100 points are effective"),
+]
+
+
+def nearly_even(khat: float) -> Weights:
+    """Weights of an effective share of 0.99, whatever is said of their tail."""
+    raw = 0.1 * torch.randn(2000, generator=torch.Generator().manual_seed(0)).double()
+    raw -= raw.logsumexp(0) - math.log(2000)
+    return Weights(raw, raw, khat)
+
+
+@pytest.mark.parametrize("khat", [0.3, -math.inf])
+@pytest.mark.parametrize("found", UNSEEN)
+def test_5_a_probe_that_did_not_see_everything_never_says_good(khat: float, found: Probe) -> None:
+    assert judge(nearly_even(khat), SEEN, [], []).verdict == "good"
+    diagnosis = judge(nearly_even(khat), found, [], [])
+    assert diagnosis.verdict == "one piece as far as was seen"
+    assert (found.unfinished or found.blind) in diagnosis.reasons[-1]
+
+
+def test_5_even_weights_overrule_khat_only_if_the_probe_vouches_for_them() -> None:
+    large = nearly_even(0.83)
+    assert judge(large, SEEN, [], []).verdict == "good"
+    disagreeing = [replace(SEEN, log_evidence=x) for x in (0.3, -0.3)]
+    missing = replace(SEEN, missed_mass=0.2, log_evidence=0.25)
+    for found in (*UNSEEN, *disagreeing, missing):
+        diagnosis = judge(large, found, [], [])
+        assert diagnosis.verdict == "do not trust"
+        assert any("k-hat is 0.83" in reason for reason in diagnosis.reasons)
+
+
+def test_5_more_evidence_elsewhere_is_not_good() -> None:
+    diagnosis = judge(nearly_even(0.2), replace(SEEN, log_evidence=0.3), [], [])
     assert diagnosis.verdict == "do not trust"
-    assert "subsample" in diagnosis.reasons[0] and "all rows" in diagnosis.advice
+    assert "0.30 nats larger" in diagnosis.reasons[0]
+
+
+def test_5_khat_of_equal_weights_is_no_number() -> None:
+    text = str(judge(smooth(torch.zeros(1000)), SEEN, [], []))
+    assert "k-hat                none: the weights are equal" in text
+    assert "inf" not in text and "nan" not in text
+
+
+def test_5_what_could_not_be_found_out_is_not_printed() -> None:
+    text = str(judge(nearly_even(0.2), UNSEEN[2], [], []))
+    assert "nan" not in text
+    assert "missed mass" not in text and "probed" not in text
+
+
+def far_blobs() -> None:
+    """Two pieces 120 sds apart by a logaddexp, whose curvature by two backward passes is NaN."""
+    z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 30.0))
+    apart = [dist.Normal(loc, 0.5).log_prob(z) for loc in (-30.0, 30.0)]
+    pyro.factor("data", torch.logaddexp(*apart) - math.log(2))
+
+
+def test_5_a_far_piece_without_curvature_is_seen_and_the_verdict_repeats() -> None:
+    guide = guide_at(far_blobs, torch.tensor(-30.0, dtype=torch.float64), 0.5)
+    posterior = Posterior.from_guide(guide, num_draws=2000)
+    assert posterior.ess > 0.9 * 2000
+    diagnosis = posterior.diagnose()
+    assert diagnosis.verdict == "do not trust"
+    assert diagnosis.missed_mass == pytest.approx(0.5, abs=0.05)
+    assert diagnosis.count_maxima == 2
+    assert str(diagnosis) == str(posterior.diagnose())
+    assert "from draws of the prior" in str(diagnosis)
+
+
+def test_5_seconds_that_cut_the_search_short_are_no_reason_for_good() -> None:
+    guide = guide_at(correlated, torch.zeros(2), 0.9)
+    with torch.no_grad():
+        guide.coordinates.scale.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    posterior = Posterior.from_guide(guide, num_draws=2000)
+    assert posterior.diagnose().verdict == "good"
+    short = posterior.diagnose(max_seconds=1e-9)
+    assert short.verdict == "one piece as far as was seen"
+    assert "seconds" in short.reasons[-1]
+    with pytest.raises(ValueError, match="max_seconds"):
+        posterior.diagnose(max_seconds=-1.0)
+
+
+def test_5_a_guide_that_was_trained_on_is_not_diagnosed_by_old_draws() -> None:
+    guide = guide_at(correlated, torch.zeros(2), 0.9)
+    posterior = Posterior.from_guide(guide, num_draws=200)
+    with torch.no_grad():
+        guide.coordinates.loc.fill_(2.0)
+    with pytest.raises(RuntimeError, match="changed by"):
+        posterior.diagnose()
+
+
+def test_some_draws_without_density_want_the_weights() -> None:
+    weights = nearly_even(0.2)
+    raw = torch.cat([weights.raw, torch.full((40,), -math.inf)])
+    diagnosis = judge(Weights(raw, raw, 0.2), SEEN, [], [])
+    assert diagnosis.verdict == "use the weights"
+    assert "2.0% of the draws have no finite density" in diagnosis.reasons[0]
+    assert diagnosis.elbo == pytest.approx(float(weights.raw.mean()))
 
 
 def test_a_subsampled_model_is_reported() -> None:

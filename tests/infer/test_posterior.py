@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import math
+import random
+import re
 from collections.abc import Callable
 
 import arviz
@@ -18,12 +21,16 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
+    AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
 )
 from torch import Tensor
 
 from pyro_nf import AutoFlow, Posterior, fit_svi, flows
+from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.maxima import prior_draws
+from pyro_nf.infer.summary import summarize
 from pyro_nf.infer.weights import smooth
 from tests.reference_models import flat_regression
 
@@ -541,3 +548,175 @@ def test_masked_observations_have_no_log_likelihood() -> None:
     by_hand = dist.Normal(posterior.samples["theta"], 1.0).log_prob(torch.tensor([1.0, 2.0, 1e3]))
     by_hand[:, 2] = 0.0
     torch.testing.assert_close(found["y"], by_hand)
+
+
+# Models whose density is another one at each look.
+
+ROWS = torch.randn(60, generator=torch.Generator().manual_seed(0))
+
+
+def of_rows(choose: Callable[[], Tensor]) -> Callable[[], None]:
+    """A mean of rows that the model chooses for itself."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        rows = ROWS[choose()]
+        with pyro.plate("rows", len(rows)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=rows)
+
+    return model
+
+
+def by_plate() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 60, subsample_size=10) as rows:
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=ROWS[rows])
+
+
+def random_models() -> dict[str, Callable[[], None]]:
+    """Each with a source of randomness, or of change, of its own kind."""
+    generator, count = torch.Generator().manual_seed(0), itertools.count()
+    of_numpy, of_python = np.random.default_rng(0), random.Random(0)
+    loader = torch.utils.data.DataLoader(range(60), batch_size=10)
+    batches = itertools.cycle(loader)
+    shuffled = torch.utils.data.DataLoader(range(60), batch_size=10, shuffle=True)
+    dropout = torch.nn.Dropout(0.5)
+    return {
+        "plate": by_plate,
+        "torch": of_rows(lambda: torch.randperm(60)[:10]),
+        "torch generator": of_rows(lambda: torch.randperm(60, generator=generator)[:10]),
+        "numpy": of_rows(lambda: torch.as_tensor(np.random.choice(60, 10))),  # noqa: NPY002
+        "numpy generator": of_rows(lambda: torch.as_tensor(of_numpy.choice(60, 10))),
+        "python": of_rows(lambda: torch.tensor(random.sample(range(60), 10))),
+        "python generator": of_rows(lambda: torch.tensor(of_python.sample(range(60), 10))),
+        "one row of two": of_rows(lambda: torch.randint(2, (1,))),
+        "counter": of_rows(lambda: torch.arange(10) + 10 * (next(count) % 6)),
+        "loader": of_rows(lambda: next(batches)),
+        "shuffled loader": of_rows(lambda: next(iter(shuffled))),
+        "dropout": of_rows(lambda: (dropout(torch.ones(60)) > 0).nonzero().squeeze(-1)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the model does not run on a batch:UserWarning")
+@pytest.mark.parametrize("source", random_models())
+def test_6_a_model_that_is_random_has_no_weights(source: str) -> None:
+    model = random_models()[source]
+    posterior = Posterior.from_guide(AutoNormal(model), num_draws=40)
+    for ask in ("log_weights", "weights", "elbo", "khat", "ess", "log_evidence", "log_evidence_se"):
+        with pytest.raises(RuntimeError, match="takes a subsample or draws random numbers"):
+            getattr(posterior, ask)
+    diagnosis = posterior.diagnose()
+    assert diagnosis.verdict == "do not trust"
+    assert "subsample" in diagnosis.reasons[0] and "all rows" in diagnosis.advice
+    assert not re.search(r"\d", str(diagnosis))
+
+
+def test_6_what_can_be_done_without_weights() -> None:
+    posterior = fit_svi(by_plate, max_steps=5, num_particles=4, progress=False).posterior(100)
+    assert "100 draws of mu; without weights" in repr(posterior)
+    plain, weighted = posterior.summary()["mu"], posterior.summary(weighted=True)["mu"]
+    assert plain == weighted
+    assert plain.mean == pytest.approx(posterior.samples["mu"].double().mean().item())
+    for chosen in (posterior.resample(), posterior.refine("psis")):
+        # all weights are the same, so that each draw stands in it once
+        assert torch.equal(chosen.z.sort(0).values, posterior.z.sort(0).values)
+    for method in ("neutra", "independence"):
+        with pytest.raises(RuntimeError, match="subsample"):
+            posterior.refine(method)
+    data = posterior.to_arviz()
+    assert data.posterior["mu"].shape == (1, 100)
+    assert "subsample" in data.posterior.attrs["without_weights"]
+    assert not hasattr(data, "sample_stats")
+    assert posterior.plot("pairs").axes
+    with pytest.raises(RuntimeError, match="subsample"):
+        posterior.plot("weights")
+    with pytest.raises(ValueError, match="subsample"):
+        posterior.log_likelihood()
+
+
+def test_6_a_model_that_draws_what_it_does_not_use_is_not_random() -> None:
+    def model() -> None:
+        torch.randn(3)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(1.0))
+
+    assert Posterior.from_guide(AutoNormal(model), num_draws=40).ess > 1
+
+
+# Numbers that mean nothing.
+
+
+def test_5_khat_of_equal_weights_is_a_word_where_people_read_it() -> None:
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    with torch.no_grad():
+        guide.coordinates.loc.fill_(EXACT_MEAN)
+        guide.coordinates.scale.fill_(EXACT_SD)
+    posterior = Posterior.from_guide(guide, num_draws=300)
+    assert posterior.khat == -math.inf
+    assert posterior.to_arviz().sample_stats.attrs["khat"] == "none: the weights are equal"
+    assert "k-hat none: the weights are equal, effective share 100%" in repr(posterior)
+    title = posterior.plot("weights").axes[0].get_title()
+    assert title == "k-hat -, effective sample size 300 of 300"
+
+
+def test_one_draw_has_no_spread() -> None:
+    posterior = rough(num_draws=1)
+    assert posterior.weights.elbo_se == posterior.log_evidence_se == math.inf
+    row = posterior.summary()["mu"]
+    assert math.isnan(row.sd) and math.isnan(posterior.summary(weighted=True)["mu"].sd)
+    assert str(posterior.summary()).split().count("-") == 1
+
+
+def test_an_error_that_a_zero_density_hides() -> None:
+    weights = smooth(torch.cat([torch.zeros(100), torch.tensor([-math.inf])]))
+    assert weights.elbo == -math.inf and weights.elbo_se == math.inf
+    assert weights.of_finite().elbo == 0.0
+
+
+def test_the_sd_of_equal_weights_is_that_of_the_draws() -> None:
+    x = torch.randn(7, dtype=F64)
+    plain = summarize({"x": x})["x"]
+    weighted = summarize({"x": x}, torch.full((7,), 1 / 7, dtype=F64))["x"]
+    assert weighted.sd == pytest.approx(plain.sd, rel=1e-12)
+    one = torch.zeros(7, dtype=F64)
+    one[3] = 1.0
+    assert math.isnan(summarize({"x": x}, one)["x"].sd)
+
+
+def test_a_chain_that_never_moved_has_no_rhat() -> None:
+    stuck = torch.randn(200)
+    stuck[:100] = 1.0
+    table = summarize({"x": stuck}, chains=2)
+    assert math.isnan(table["x"].rhat) and math.isnan(table["x"].ess)
+    assert str(table).splitlines()[1].split()[-2:] == ["-", "-"]
+
+
+def test_a_point_has_no_weights() -> None:
+    guide = AutoLaplaceApproximation(conjugate)
+    guide()
+    with pytest.raises(TypeError, match="laplace_approximation"):
+        Posterior.from_guide(guide)
+
+
+def test_draws_that_are_all_outside_the_support() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("near", torch.where(x.abs() < 1, 0.0, -torch.inf))
+
+    def elsewhere() -> None:
+        pyro.sample("x", dist.Normal(torch.tensor(40.0), 0.1))
+
+    guide = AutoNormal(elsewhere)
+    joint = LogJoint(model)
+    guide()
+    with pytest.raises(ValueError, match="none of 50 draws"):
+        Posterior.from_guide(guide, num_draws=50, joint=joint)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, AutoFlow])
+def test_5_the_prior_of_a_guides_model_can_be_drawn(make) -> None:
+    """Pyro's guides wrap their model so that it gives the initial values of its latents."""
+    joint = Posterior.from_guide(make(conjugate), num_draws=10).joint
+    torch.manual_seed(0)
+    prior = prior_draws(joint, 2000)
+    assert prior.std().item() == pytest.approx(2.0, rel=0.06)
