@@ -25,6 +25,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from pyro_nf import AutoFlow, Posterior, fit_svi, flows
@@ -706,7 +707,8 @@ def test_draws_that_are_all_outside_the_support() -> None:
     def elsewhere() -> None:
         pyro.sample("x", dist.Normal(torch.tensor(40.0), 0.1))
 
-    guide = AutoNormal(elsewhere)
+    there = init_to_value(values={"x": torch.tensor(40.0)})
+    guide = AutoNormal(elsewhere, init_loc_fn=there)
     joint = LogJoint(model)
     guide()
     with pytest.raises(ValueError, match="none of 50 draws"):
