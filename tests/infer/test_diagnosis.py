@@ -32,6 +32,7 @@ def two_modes() -> None:
 
 def guide_at(model, loc: torch.Tensor, scale: float) -> AutoFlow:
     """A guide that was never trained, with a Gaussian of its own."""
+    pyro.clear_param_store()
     start = init_to_value(values={"z": loc})
     return AutoFlow(model, init_loc_fn=start, init_scale=scale).setup()
 
@@ -182,7 +183,7 @@ def test_5_a_far_piece_without_curvature_is_seen_and_the_verdict_repeats() -> No
 
 
 def test_5_seconds_that_cut_the_search_short_are_no_reason_for_good() -> None:
-    guide = guide_at(correlated, torch.zeros(2), 0.9)
+    guide = guide_at(correlated, torch.zeros(2), 1.0)
     with torch.no_grad():
         guide.coordinates.scale.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
     posterior = Posterior.from_guide(guide, num_draws=2000)
