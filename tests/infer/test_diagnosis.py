@@ -32,7 +32,6 @@ def two_modes() -> None:
 
 def guide_at(model, loc: torch.Tensor, scale: float) -> AutoFlow:
     """A guide that was never trained, with a Gaussian of its own."""
-    pyro.clear_param_store()
     start = init_to_value(values={"z": loc})
     return AutoFlow(model, init_loc_fn=start, init_scale=scale).setup()
 
