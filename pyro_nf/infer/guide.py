@@ -203,7 +203,7 @@ class AutoFlow(AutoContinuous):
             self.flow = self._make_flow()
             with poutine.block():  # the call that sets up makes its own
                 self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
-        except Exception:
+        except BaseException:  # Ctrl-C too
             self.prototype_trace = None  # a failed set-up is no set-up
             raise
 

@@ -20,12 +20,15 @@ from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds, simplify
 from pyro_nf.infer.sites import InitLocFn, LatentSite, Model, bijection, trace_prototype
 from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
+from pyro_nf.train.budget import Budget
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 # Recording costs about this many evaluations; it predicts whether a recording can meet its limit.
 # (Measured: 110 on eight schools, 340 on an unrolled time series of 200 steps.)
 _TRACE_COST = 300.0
+# Single runs for the check of a batch may take such a share of the seconds of a fit.
+_CHECK_SHARE = 0.05
 # Sites of a batch of this many particles (or one of the primes after it) are never mistaken for
 # a dimension of the model, so that a check with it shows every wrong broadcast.
 _CHECK_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -63,6 +66,8 @@ class LogJoint:
         prototype: a trace of the model to take the sites from, if there is one already.
         seed: of the prototype run and of the points of the check. The global generator is left
             as it was.
+        budget: what a fit may take; the check is made with fewer points if they would take a large
+            share of it.
 
     Attributes:
         latent_dim: D.
@@ -108,6 +113,7 @@ class LogJoint:
         init_loc_fn: InitLocFn = init_to_median,
         prototype: poutine.Trace | None = None,
         seed: int = 0,
+        budget: Budget | None = None,
     ) -> None:
         self.model = model
         self.args = tuple(args)
@@ -117,6 +123,7 @@ class LogJoint:
         self.dynamic_sites: tuple[str, ...] = ()
         self.hierarchical_sites: tuple[str, ...] = ()
         self._centring: dict[str, SiteCentring] = {}
+        self._budget = Budget() if budget is None else budget
         self._recorded: torch.fx.GraphModule | None = None
         self._graphs: dict[tuple[int, torch.dtype], Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -241,7 +248,7 @@ class LogJoint:
             z = self.init_loc + spread * noise.to(self.init_loc.device)
             state = torch.get_rng_state()
             with torch.no_grad(), fast_pyro():
-                wanted = torch.stack([self._seeded(state, self._robust_single, zi) for zi in z])
+                wanted = self._singles(z, state)
             if torch.isfinite(wanted).any():
                 break
         else:
@@ -278,6 +285,15 @@ class LogJoint:
                 stacklevel=4,
             )
 
+    def _singles(self, z: Tensor, state: Tensor) -> Tensor:
+        """The value of each point by a run of its own; of two at least, as far as there is time."""
+        part, values = self._budget.part(_CHECK_SHARE), list[Tensor]()
+        for zi in z:
+            if len(values) >= 2 and part.has_seconds and part.is_spent():
+                break
+            values.append(self._seeded(state, self._robust_single, zi))
+        return torch.stack(values)
+
     def _seeded(self, state: Tensor, way: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         torch.set_rng_state(state)
         return way(z)
@@ -293,8 +309,9 @@ class LogJoint:
         except Exception as error:  # whatever a user's model raises
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"at site {self._last_site!r}: {lines[0].split('. ')[0][:160]}"
-        if got.shape != wanted.shape:
-            return f"log density of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        if got.shape != z.shape[:1]:
+            return f"log density of shape {tuple(got.shape)}, not {tuple(z.shape[:1])}"
+        got = got[: len(wanted)]
         finite = torch.isfinite(wanted)
         # A wrong broadcast is an error of order one; rounding is far below this.
         tolerance = 1e3 * torch.finfo(z.dtype).eps * (1 + wanted.abs())
