@@ -75,10 +75,16 @@ def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -
 def gaussian_elbos(
     joint: LogJoint | Metered, candidates: list[tuple[Tensor, Tensor]], eps: Tensor
 ) -> Tensor:
-    """ELBO (C,) of each Gaussian (loc, scale), all with the same normal draws eps (S, D)."""
+    """ELBO (C,) of each Gaussian (loc, scale), all with the same normal draws eps (S, D).
+
+    If each run of the model is dear, one serves them all.
+    """
     pairs = [sample_gaussian(loc, scale, eps) for loc, scale in candidates]
     with torch.no_grad():
-        log_p = torch.stack([joint.log_prob(z) for z, _ in pairs])
+        if isinstance(joint, Metered) and joint.prefers_one_batch(len(pairs), len(eps)):
+            log_p = joint.log_prob(torch.stack([z for z, _ in pairs]))
+        else:
+            log_p = torch.stack([joint.log_prob(z) for z, _ in pairs])
     log_q = torch.stack([q for _, q in pairs])
     failed = ~torch.isfinite(log_p)
     # A Gaussian half of whose draws have no density is no start, yet a few failures are no ruin.

@@ -19,8 +19,10 @@ Result = TypeVar("Result")
 _GUESS: dict[Kind, float] = {"value": 1.0, "gradient": 3.0, "hessian": 9.0}
 # A batch that is evaluated at once costs about as much as one row, up to so many rows.
 _AT_ONCE = 8
-# Sizes of the first evaluations, which show how the cost grows, and the most that one may take.
-_FIRST_SIZES, _FIRST_SHARE = (1, 8, 64), 0.1
+# Sizes of the first evaluations, which show how the cost grows.
+_FIRST_SIZES = (1, 8, 64)
+# What takes less than such a share of the seconds that are left is nothing to think about.
+_SMALL_SHARE = 0.1
 
 
 class Metered:
@@ -79,7 +81,7 @@ class Metered:
         if not self.budget.has_seconds:
             return self
         for rows in _FIRST_SIZES:
-            most = _FIRST_SHARE * self.budget.seconds_left
+            most = _SMALL_SHARE * self.budget.seconds_left
             if rows > 1 and (self.joint.kind == "loop" or self.price("gradient", rows) > most):
                 break
             self.value_and_grad(self.init_loc.expand(rows, -1))
@@ -94,13 +96,20 @@ class Metered:
             kind: Of what.
             rows: Rows of the batch; for Hessians, points times coordinates.
         """
-        known = [k for k in (kind, *_GUESS) if self._seconds[k]]
-        if not known:
-            return 0.0
-        dearer = 1.0 if known[0] == kind else max(1.0, _GUESS[kind] / _GUESS[known[0]])
-        return dearer * self._expected(self._seconds[known[0]], rows)
+        own = self._seconds[kind]
+        other: Kind = max(_GUESS, key=lambda k: len(self._seconds[k]))
+        if len(own) > 1 or kind == other:
+            return self._expected(kind, rows)
+        if not own:
+            return max(1.0, _GUESS[kind] / _GUESS[other]) * self._expected(other, rows)
+        ((size, seconds),) = own.items()  # it grows as the other kind does
+        before = self._expected(other, size)
+        return seconds * self._expected(other, rows) / before if before > 0 else seconds
 
-    def _expected(self, seen: dict[int, float], rows: int) -> float:
+    def _expected(self, kind: Kind, rows: int) -> float:
+        seen = self._seconds[kind]
+        if not seen:
+            return 0.0
         if rows in seen:
             return seen[rows]
         least, most = min(seen), max(seen)
@@ -116,6 +125,8 @@ class Metered:
     def afford(self, kind: Kind, most: int, share: float = 1.0, least: int = 1) -> int:
         """The most rows, halved until they cost no more than a share of the seconds that are left.
 
+        Where few rows cost as much as many, there are many.
+
         Args:
             kind: Of what.
             most: Rows that are wanted.
@@ -124,10 +135,19 @@ class Metered:
         """
         if not self.budget.has_seconds:
             return most
+        if self.price(kind, least) > 0.5 * self.price(kind, most):
+            return most
         seconds, rows = share * self.budget.seconds_left, most
         while rows > least and self.price(kind, rows) > seconds:
             rows //= 2
         return max(rows, least)
+
+    def prefers_one_batch(self, count: int, rows: int) -> bool:
+        """Whether so many batches of values had better be one, as time is short."""
+        if not self.budget.has_seconds:
+            return False
+        apart = count * self.price("value", rows)
+        return apart > _SMALL_SHARE * self.budget.seconds_left
 
     def spend(self, kind: Kind, rows: int, work: Callable[[], Result]) -> Result:
         """Does a piece of work and remembers what it cost.

@@ -239,7 +239,7 @@ def choose_particles(joint: LogJoint | Metered, max_seconds: float | None) -> in
         z = meter.init_loc.expand(count, -1)
         times = []
         for _ in range(2):
-            if meter.afford("gradient", count, TIMING_SHARE) == count:
+            if meter.price("gradient", count) <= TIMING_SHARE * meter.budget.seconds_left:
                 meter.value_and_grad(z)
             times.append(meter.price("gradient", count))
         return min(times)

@@ -236,8 +236,7 @@ class StartSearch:
             self._curve(points)
             share = _ELBO_SHARE / len(self.candidates)
             eps = normals[: self.joint.afford("value", self.count_draws, share)]
-            for candidate in self.candidates:
-                self._offer(candidate, eps)
+            self._offer(self.candidates, eps)
             if count_refine:
                 self._refine(count_refine, normals, eps)
             self._decide(torch.cat([eps, -eps]))
@@ -289,15 +288,16 @@ class StartSearch:
             found = [_Candidate(points[0][0], torch.full_like(self.init, _NARROW))]
         self.candidates = [*found, *self.candidates]
 
-    def _elbo(self, c: _Candidate, eps: Tensor) -> float:
-        elbo = float(gaussian_elbos(self.joint, [(c.loc, c.scale)], eps)[0])
-        return elbo if math.isfinite(elbo) else -math.inf
+    def _elbos(self, candidates: list[_Candidate], eps: Tensor) -> list[float]:
+        elbos = gaussian_elbos(self.joint, [(c.loc, c.scale) for c in candidates], eps).tolist()
+        return [elbo if math.isfinite(elbo) else -math.inf for elbo in elbos]
 
-    def _offer(self, c: _Candidate, eps: Tensor) -> None:
-        """Finds the ELBO of a candidate, by draws that are the same for all."""
-        c.elbo = self._elbo(c, eps)
-        if c.elbo > self.winner.elbo:
-            self.winner = c
+    def _offer(self, candidates: list[_Candidate], eps: Tensor) -> None:
+        """Finds the ELBO of candidates, by draws that are the same for all, and the best."""
+        for c, elbo in zip(candidates, self._elbos(candidates, eps), strict=True):
+            c.elbo = elbo
+            if elbo > self.winner.elbo:
+                self.winner = c
 
     def _refine(self, count: int, normals: Tensor, eps: Tensor) -> None:
         """Lets the best Gaussians climb on by their ELBO on fixed draws."""
@@ -309,14 +309,13 @@ class StartSearch:
         fixed = torch.cat([few, -few])  # as many as a recorded step takes
         joint = self.joint.part(_REFINE_SHARE)
         finer = [f for c in chosen if math.isfinite(c.elbo) for f in _refined(joint, c, fixed)]
-        for candidate in finer:
-            self._offer(candidate, eps)
+        self._offer(finer, eps)
         self.candidates += finer
 
     def _decide(self, eps: Tensor) -> None:
         """Chooses among the best three by more draws."""
         finalists = sorted(self.candidates, key=lambda c: -c.elbo)[:3]
-        elbos = [self._elbo(c, eps) for c in finalists]
+        elbos = self._elbos(finalists, eps)
         best = max(elbos)
         self.winner = finalists[elbos.index(best)]
         self.winner.elbo = best

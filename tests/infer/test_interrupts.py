@@ -2,14 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.infer.fit import SVIFit
@@ -98,3 +96,182 @@ def test_8_a_fit_keeps_within_its_seconds(kind, cost, max_seconds, own_guide) ->
     assert model.now <= 1.1 * max_seconds + 0.5 + cost
     assert fit.history.stopped in ("max_seconds", "max_steps")
     check_usable(fit)
+
+
+def test_8_a_slow_fit_still_finds_the_posterior() -> None:
+    model = SlowModel("batched", 0.2)
+    fit = fit_svi(model, max_seconds=8.0, progress=False, clock=model.clock)
+    variance = 1 / (1 / 4 + 1)
+    assert isinstance(fit.start, Start)
+    mean = variance * torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(fit.start.loc, mean, atol=0.05, rtol=0)
+    cov = fit.start.scale_tril @ fit.start.scale_tril.mT
+    torch.testing.assert_close(cov, variance * torch.eye(2), atol=0.05, rtol=0)
+
+
+def test_8_where_no_step_fits_the_start_is_the_fit() -> None:
+    model = SlowModel("loop", 0.1)
+    fit = fit_svi(model, num_particles=64, max_seconds=5.0, progress=False, clock=model.clock)
+    assert (fit.history.stopped, fit.history.steps) == ("max_seconds", 0)
+    check_usable(fit)
+
+
+def test_8_steps_alone_look_at_no_clock() -> None:
+    def clock() -> float:
+        raise AssertionError
+
+    for kind in ("batched", "loop"):
+        model = SlowModel(kind)
+        joint = Metered(LogJoint(model), Budget(max_steps=3, clock=lambda: 0.0))
+        joint.budget = Budget(max_steps=3, clock=clock, began=0.0)
+        assert laplace_start(joint, count_starts=16, max_steps=3, count_refine=0).elbo > -math.inf
+
+
+def test_8_a_start_bounded_by_steps_is_bounded_by_runs() -> None:
+    model = SlowModel("loop")
+    fit = fit_svi(model, max_steps=20, num_particles=8, progress=False)
+    assert fit.history.stopped == "max_steps"
+    trained = 20 * 8 + 2 * 512
+    assert model.runs < trained + 2 * 256 + 64
+
+
+@pytest.mark.parametrize("kind", ["batched", "loop"])
+@pytest.mark.parametrize("seconds", [0.1, 3.0, 20.0])
+def test_8_searches_keep_within_their_seconds(kind, seconds) -> None:
+    model = SlowModel(kind, 0.05)
+    joint = LogJoint(model)
+    start = Start(joint.init_loc, torch.eye(joint.latent_dim), elbo=-10.0)
+    searches = [
+        lambda: laplace_start(joint, max_seconds=seconds, clock=model.clock),
+        lambda: separated_mixture(joint, start, max_seconds=seconds, clock=model.clock),
+        lambda: tempered_cloud(
+            joint, start.loc, start.scale, max_seconds=seconds, clock=model.clock
+        ),
+        lambda: choose_particles(Metered(joint, Budget(None, seconds, model.clock)), seconds),
+    ]
+    for search in searches:
+        began = model.now
+        search()
+        assert model.now - began <= 1.1 * seconds + 0.5 + model.cost
+
+
+def test_8_prices_of_what_has_not_been_tried() -> None:
+    """A batch of S rows that takes a + b S seconds."""
+    joint = LogJoint(SlowModel("batched"))
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    meter = Metered(joint, Budget(max_seconds=100.0, clock=clock))
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    for rows in (1, 8, 64):
+        meter.spend("gradient", rows, lambda rows=rows: work(2 + 0.1 * rows))
+    assert meter.price("gradient", 256) == pytest.approx(2 + 0.1 * 256)
+    assert meter.price("value", 64) == pytest.approx(2 + 0.1 * 64)
+    assert meter.price("hessian", 64) == pytest.approx(9 * (2 + 0.1 * 64))
+    meter.spend("hessian", 8, lambda: work(5.6))
+    assert meter.price("hessian", 256) == pytest.approx(2 * (2 + 0.1 * 256))
+    assert meter.afford("gradient", 1000, 20.0 / meter.budget.seconds_left) == 125
+    with pytest.raises(OutOfTime):
+        meter.spend("gradient", 1000, lambda: work(102.0))
+    assert now == pytest.approx(3 * 2 + 7.3 + 5.6)
+    rows = Rows()
+    loop = Metered(LogJoint(SlowModel("loop")), Budget(max_seconds=50.0, clock=rows), rows)
+    loop.log_prob(torch.zeros(30, 1))
+    assert (loop.afford("gradient", 64), loop.budget.seconds_left) == (4, 20.0)
+
+
+# ---- interrupts
+
+
+def interrupted(kind: str, raise_at: float, cost: float = 1.0, **options: object):
+    model = SlowModel(kind, cost, raise_at)
+    settings = {"max_seconds": 30.0, "max_steps": 3, "progress": False} | options
+    return model, fit_svi(model, AutoFlow(model, small), clock=model.clock, **settings)
+
+
+def runs_of_a_log_joint(kind: str) -> int:
+    """Those before there is anything to keep, at the cost and seconds of `interrupted`."""
+    model = SlowModel(kind, 1.0)
+    LogJoint(model, budget=Budget(max_seconds=30.0, clock=model.clock))
+    return model.runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_15_ctrl_c_at_any_run_of_the_model(kind) -> None:
+    whole, _ = interrupted(kind, math.inf)
+    first = runs_of_a_log_joint(kind) + 1
+    before = torch.get_rng_state(), random.getstate(), dict(pyro.settings.get())
+    for raise_at in range(first, whole.runs + 1):
+        _, fit = interrupted(kind, raise_at)
+        assert fit.history.stopped == "interrupted", raise_at
+        check_usable(fit)
+    for raise_at in (1, first - 1):  # there is nothing to keep yet
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(kind, raise_at)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), dict(pyro.settings.get())) == before[1:]
+    assert not pyro.poutine.runtime._PYRO_STACK
+
+
+@pytest.mark.parametrize("kind", ["batched", "hierarchical"])
+def test_15_ctrl_c_while_the_log_joint_is_recorded(kind) -> None:
+    model = SlowModel(kind)
+    LogJoint(model)
+    for raise_at in range(model.runs + 1, model.runs + 30):
+        _, fit = interrupted(kind, raise_at, cost=1e-3)
+        assert fit.history.stopped == "interrupted"
+        check_usable(fit)
+    assert not pyro.poutine.runtime._PYRO_STACK
+
+
+@pytest.mark.parametrize("kind", ["pieces", "hierarchical"])
+def test_15_ctrl_c_keeps_what_the_search_has_found(kind) -> None:
+    options = {"max_seconds": None, "max_steps": 3, "num_particles": 4}
+    whole, fit = interrupted(kind, math.inf, **options)
+    best = fit.start.elbo
+    first = runs_of_a_log_joint(kind) + 3
+    elbos = []
+    for raise_at in torch.linspace(first, whole.runs, 8).long().tolist():
+        _, fit = interrupted(kind, raise_at, **options)
+        assert fit.history.stopped == "interrupted"
+        check_usable(fit)
+        elbos.append(fit.start.elbo)
+    assert elbos[0] == -math.inf  # the initial point
+    assert elbos[-1] == best
+
+
+def test_15_a_second_ctrl_c_is_raised() -> None:
+    calls = 0
+
+    def model() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise KeyboardInterrupt
+        pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        fit_svi(model, max_steps=3, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not pyro.poutine.runtime._PYRO_STACK
+
+
+def test_15_ctrl_c_while_a_fit_is_taken_up_again(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    options = {"max_seconds": None, "num_particles": 4, "checkpoint": path}
+    _, whole = interrupted("batched", math.inf, **options)
+    content = path.read_bytes()
+    first = runs_of_a_log_joint("batched") + 4
+    for raise_at in range(first, first + 2):
+        _, fit = interrupted("batched", raise_at, **options)
+        assert path.read_bytes() == content
+        for name, value in whole.guide.flow.state_dict().items():
+            assert fit.guide.flow.state_dict()[name].shape == value.shape
+        check_usable(fit)
