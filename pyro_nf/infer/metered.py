@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.train.budget import Budget, Clock
+from pyro_nf.train.budget import Budget, Clock, OutOfTime
 
 Kind = Literal["value", "gradient", "hessian"]
 Result = TypeVar("Result")
@@ -80,11 +81,12 @@ class Metered:
         """Itself, with what the first gradients cost."""
         if not self.budget.has_seconds:
             return self
-        for rows in _FIRST_SIZES:
-            most = _SMALL_SHARE * self.budget.seconds_left
-            if rows > 1 and (self.joint.kind == "loop" or self.price("gradient", rows) > most):
-                break
-            self.value_and_grad(self.init_loc.expand(rows, -1))
+        with suppress(OutOfTime):
+            for rows in _FIRST_SIZES:
+                most = _SMALL_SHARE * self.budget.seconds_left
+                if rows > 1 and (self.joint.kind == "loop" or self.price("gradient", rows) > most):
+                    break
+                self.value_and_grad(self.init_loc.expand(rows, -1))
         return self
 
     # ---- what it costs

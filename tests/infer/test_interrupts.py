@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyro
@@ -116,15 +117,16 @@ def test_8_where_no_step_fits_the_start_is_the_fit() -> None:
     check_usable(fit)
 
 
-def test_8_steps_alone_look_at_no_clock() -> None:
-    def clock() -> float:
-        raise AssertionError
-
-    for kind in ("batched", "loop"):
+@pytest.mark.parametrize("kind", ["batched", "loop", "hierarchical"])
+def test_8_steps_alone_can_be_repeated_whatever_the_clock_says(kind) -> None:
+    def fitted(clock: Callable[[], float]) -> list[float]:
         model = SlowModel(kind)
-        joint = Metered(LogJoint(model), Budget(max_steps=3, clock=lambda: 0.0))
-        joint.budget = Budget(max_steps=3, clock=clock, began=0.0)
-        assert laplace_start(joint, count_starts=16, max_steps=3, count_refine=0).elbo > -math.inf
+        options = {"max_steps": 4, "num_particles": 4, "progress": False}
+        fit = fit_svi(model, AutoFlow(model, small), clock=clock, **options)
+        return [*fit.history.losses, *fit.history.checked_values, *fit.start.loc.tolist()]
+
+    slow, wild = iter(range(10**6)), random.Random(1)
+    assert fitted(lambda: 1e3 * next(slow)) == fitted(wild.random)
 
 
 def test_8_a_start_bounded_by_steps_is_bounded_by_runs() -> None:
@@ -147,7 +149,7 @@ def test_8_searches_keep_within_their_seconds(kind, seconds) -> None:
         lambda: tempered_cloud(
             joint, start.loc, start.scale, max_seconds=seconds, clock=model.clock
         ),
-        lambda: choose_particles(Metered(joint, Budget(None, seconds, model.clock)), seconds),
+        lambda: choose_particles(Metered.of(joint, seconds, model.clock), seconds),
     ]
     for search in searches:
         began = model.now
@@ -173,7 +175,7 @@ def test_8_prices_of_what_has_not_been_tried() -> None:
         meter.spend("gradient", rows, lambda rows=rows: work(2 + 0.1 * rows))
     assert meter.price("gradient", 256) == pytest.approx(2 + 0.1 * 256)
     assert meter.price("value", 64) == pytest.approx(2 + 0.1 * 64)
-    assert meter.price("hessian", 64) == pytest.approx(9 * (2 + 0.1 * 64))
+    assert meter.price("hessian", 64) == pytest.approx(3 * (2 + 0.1 * 64))
     meter.spend("hessian", 8, lambda: work(5.6))
     assert meter.price("hessian", 256) == pytest.approx(2 * (2 + 0.1 * 256))
     assert meter.afford("gradient", 1000, 20.0 / meter.budget.seconds_left) == 125
@@ -195,17 +197,17 @@ def interrupted(kind: str, raise_at: float, cost: float = 1.0, **options: object
     return model, fit_svi(model, AutoFlow(model, small), clock=model.clock, **settings)
 
 
-def runs_of_a_log_joint(kind: str) -> int:
-    """Those before there is anything to keep, at the cost and seconds of `interrupted`."""
+def runs_of_a_log_joint(kind: str, max_seconds: float | None = None) -> int:
+    """Those before there is anything to keep."""
     model = SlowModel(kind, 1.0)
-    LogJoint(model, budget=Budget(max_seconds=30.0, clock=model.clock))
+    LogJoint(model, budget=Budget(max_seconds=max_seconds, clock=model.clock))
     return model.runs
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_15_ctrl_c_at_any_run_of_the_model(kind) -> None:
     whole, _ = interrupted(kind, math.inf)
-    first = runs_of_a_log_joint(kind) + 1
+    first = runs_of_a_log_joint(kind, 30.0) + 1
     before = torch.get_rng_state(), random.getstate(), dict(pyro.settings.get())
     for raise_at in range(first, whole.runs + 1):
         _, fit = interrupted(kind, raise_at)
@@ -223,7 +225,7 @@ def test_15_ctrl_c_at_any_run_of_the_model(kind) -> None:
 def test_15_ctrl_c_while_the_log_joint_is_recorded(kind) -> None:
     model = SlowModel(kind)
     LogJoint(model)
-    for raise_at in range(model.runs + 1, model.runs + 30):
+    for raise_at in range(model.runs + 4, model.runs + 30, 4):
         _, fit = interrupted(kind, raise_at, cost=1e-3)
         assert fit.history.stopped == "interrupted"
         check_usable(fit)
@@ -235,9 +237,9 @@ def test_15_ctrl_c_keeps_what_the_search_has_found(kind) -> None:
     options = {"max_seconds": None, "max_steps": 3, "num_particles": 4}
     whole, fit = interrupted(kind, math.inf, **options)
     best = fit.start.elbo
-    first = runs_of_a_log_joint(kind) + 3
+    first = runs_of_a_log_joint(kind) + 1
     elbos = []
-    for raise_at in torch.linspace(first, whole.runs, 8).long().tolist():
+    for raise_at in (first, whole.runs):
         _, fit = interrupted(kind, raise_at, **options)
         assert fit.history.stopped == "interrupted"
         check_usable(fit)
@@ -268,7 +270,7 @@ def test_15_ctrl_c_while_a_fit_is_taken_up_again(tmp_path: Path) -> None:
     options = {"max_seconds": None, "num_particles": 4, "checkpoint": path}
     _, whole = interrupted("batched", math.inf, **options)
     content = path.read_bytes()
-    first = runs_of_a_log_joint("batched") + 4
+    first = runs_of_a_log_joint("batched") + 1
     for raise_at in range(first, first + 2):
         _, fit = interrupted("batched", raise_at, **options)
         assert path.read_bytes() == content
