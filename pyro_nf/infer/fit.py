@@ -48,7 +48,7 @@ from pyro_nf.train.randomness import own_randomness
 _MAX_STEPS = 2000
 # Shares of the seconds that recording the log joint, the start, and the search for separate pieces
 # may take.
-_TRACE_SHARE, _START_SHARE, _PIECES_SHARE = 0.15, 0.3, 0.1
+_TRACE_SHARE, _START_SHARE, _PIECES_SHARE = 0.15, 0.3, 0.2
 # Recording costs so many evaluations, and is not tried where that is too much.
 _TRACE_COST = 300.0
 # A fit that is bounded by steps alone looks at no clock, so that it can be repeated to the last

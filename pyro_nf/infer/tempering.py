@@ -299,6 +299,8 @@ _COUNTS = (2, 3, 4, 6, 8)
 _FAR_BELOW = 50.0
 # The cloud starts so many times wider than what is known, and again from what it found.
 _WIDER, _ROUNDS = 1.5, 3
+# Share of the time of all that the mixtures of one cloud may take.
+_MIXTURES_SHARE = 0.4
 
 
 def separated_mixture(
@@ -372,12 +374,14 @@ def _best_mixture(
     joint: Metered, cloud: Cloud, least: float, seed: int
 ) -> tuple[GaussianMixture, float] | None:
     """The mixture of the cloud with the best ELBO, if that is above the least by a gain."""
-    best, best_elbo = None, least
+    best, best_elbo, budget = None, least, joint.budget.part(_MIXTURES_SHARE)
     for count in _COUNTS:
         try:
-            mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed, budget=joint.budget))
+            mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed, budget=budget))
         except (LinAlgError, RuntimeError):
             continue  # more components than the cloud can hold apart
+        except OutOfTime:
+            break
         elbo = mixture_elbo(joint, mixture, seed=seed)
         if elbo > best_elbo + _GAIN:
             best, best_elbo = mixture, elbo
