@@ -411,6 +411,7 @@ class _Beginning:
             self.guide = _default_guide(self.joint, count)
         self.guide._build(*args, **kwargs)
         if self.saved is not None:
+            self.guide.expect_layers(self.saved[1])
             self.guide.recentre(_recentring_of(self.saved[1], self.joint))
         elif start is not None:
             self.guide.start_at(start, self.recentring)
