@@ -136,18 +136,22 @@ def _product(terms: list[Tensor]) -> Tensor:
     if len(terms) == 1:
         return terms[0]
     dims = _union(terms)
-    total: Any = 0
+    total: Any = None
     for term in terms:
         mine = term._pyro_dims
-        permuted = term.permute([mine.index(d) for d in dims if d in mine])
-        total = total + permuted[tuple(slice(None) if d in mine else None for d in dims)]
+        order = sorted(range(len(mine)), key=mine.__getitem__)
+        if order != list(range(len(mine))):
+            term = term.permute(order)
+        if len(mine) < len(dims):
+            sizes = iter(term.shape)
+            term = term.reshape([next(sizes) if d in mine else 1 for d in dims])
+        total = term if total is None else total + term
     total._pyro_dims = dims
     return total  # type: ignore[no-any-return]
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
-    top = x.detach().amax(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).min)
-    total = (x - top).exp().sum(dim)
-    is_possible = total > 0
-    log = torch.where(is_possible, total, 1.0).log() + top.squeeze(dim)
-    return torch.where(is_possible, log, -torch.inf)
+    """As torch's, whose gradient is NaN where all is impossible."""
+    is_possible = x.detach().amax(dim) > -torch.inf
+    total = torch.where(is_possible.unsqueeze(dim), x, 0.0).logsumexp(dim)
+    return torch.where(is_possible, total, -torch.inf)

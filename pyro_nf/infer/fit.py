@@ -221,7 +221,8 @@ def fit_svi(
             num_particles = choose_particles(joint, half)
 
         def record(joint: LogJoint, compile: bool = False) -> None:
-            if max_seconds is not None or compile:
+            # Runs with enumerated sites are long: their recording pays in any fit.
+            if max_seconds is not None or compile or joint.enumerated_sites:
                 joint.trace(num_particles, seconds.share(_TRACE_SHARE), clock, compile)
 
         start: Start | GaussianMixture | None = None

@@ -235,8 +235,10 @@ class AutoFlow(AutoContinuous):
         keeps = kept_entries(self._plain_model[0], args, kwargs, trace)
         self._suspects = suspects(trace)
         self._places: dict[str, LatentSite] = latent_sites(trace, keeps)
-        for name, _ in self._sites():
-            if name not in self._places:  # nothing depends on it: the model draws it
+        self._left_out: dict[str, Any] = {}
+        for name, site in self._sites():
+            if name not in self._places:  # its prior is masked, and nothing depends on it
+                self._left_out[name] = site
                 trace.remove_node(name)
         sites = dict(self._sites())
         self._unconstrained_shapes = {n: p.unconstrained_shape for n, p in self._places.items()}
@@ -472,6 +474,9 @@ class AutoFlow(AutoContinuous):
         self._register()
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
+        for name, site in self._left_out.items():
+            with self._within(site["cond_indep_stack"], plates):
+                pyro.sample(name, site["fn"].mask(False))
         return {
             site["name"]: self._sampled(site, u, plates) for site, u in self._unpack_latent(latent)
         }
@@ -483,11 +488,18 @@ class AutoFlow(AutoContinuous):
         log_density: Any = 0.0
         if poutine.get_mask() is not False:
             log_density = -place.ladj(place.transform, u, value)
-        with contextlib.ExitStack() as stack:
-            for frame in self._cond_indep_stacks[name]:
-                stack.enter_context(plates[frame.name])
+        with self._within(self._cond_indep_stacks[name], plates):
             delta = dist.Delta(value, log_density=log_density, event_dim=place.event_dim)
             return cast(Tensor, pyro.sample(name, delta))
+
+    @staticmethod
+    def _within(frames: Any, plates: Mapping[str, Any]) -> contextlib.ExitStack:
+        """All plates of a site."""
+        with contextlib.ExitStack() as stack:
+            for frame in frames:
+                if frame.vectorized:
+                    stack.enter_context(plates[frame.name])
+            return stack.pop_all()
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Each site with its unconstrained value, whatever plates stand around the guide."""

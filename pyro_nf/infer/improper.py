@@ -78,15 +78,26 @@ def kept_entries(
     Returns:
         A mask of the shape of its batch for each site that has entries to leave out.
     """
-    counts = masked_priors(trace)
-    nodes = {name: node for name, node in latent_nodes(trace).items() if name in counts}
+    latents = {
+        name: node
+        for name, node in latent_nodes(trace).items()
+        if not node["fn"].has_enumerate_support
+    }
+    # A flat prior that nothing holds cannot be drawn from either: it stays, to be refused.
+    counts = {
+        name: mask
+        for name, mask in masked_priors(trace).items()
+        if name in latents and not is_flat(latents[name]["fn"])
+    }
     if not counts:
         return {}
+    nodes = {name: latents[name] for name in counts}
+    start = {name: node["value"].detach() for name, node in latents.items()}
 
     def total(values: Mapping[str, Tensor]) -> Tensor:
         torch.manual_seed(0)
         with fast_pyro(), SafeLinalg(), poutine.block():
-            run = poutine.trace(poutine.condition(model, dict(values)))
+            run = poutine.trace(poutine.condition(model, start | dict(values)))
             return torch.as_tensor(run.get_trace(*args, **kwargs).log_prob_sum())
 
     transforms = {name: bijection(name, node["fn"]) for name, node in nodes.items()}
@@ -98,7 +109,7 @@ def kept_entries(
         there = transforms[name](u + spread * torch.randn_like(u))
         if where is None:
             return there.detach()
-        return torch.where(where.reshape(*where.shape, *(1,) * event_dim), there, value).detach()
+        return torch.where(where.reshape(where.shape + (1,) * event_dim), there, value).detach()
 
     touched = {name: mask.clone() for name, mask in counts.items()}
     with torch.random.fork_rng(devices=[]):
@@ -118,13 +129,10 @@ def kept_entries(
                     touched[name] = touched[name] | depends
         # A gradient does not see what is chosen by comparison or by index.
         with torch.no_grad():
-            here = total({name: node["value"] for name, node in nodes.items()})
+            here = total({})
             for name in nodes:
                 torch.manual_seed(1)
-                there = total(
-                    {k: node["value"] for k, node in nodes.items()}
-                    | {name: moved(3.0, name, ~touched[name])}
-                )
+                there = total({name: moved(3.0, name, ~touched[name])})
                 if not torch.equal(here, there):
                     touched[name] = torch.ones_like(touched[name])
     return {name: mask for name, mask in touched.items() if not bool(mask.all())}

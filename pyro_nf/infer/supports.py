@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -103,7 +103,7 @@ class Supported(pyro.distributions.TorchDistribution):
         NotImplementedError: By ``support``, if it is none of torch's constraints.
     """
 
-    arg_constraints: dict[str, Constraint] = {}
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
 
     def __init__(self, base_dist: Any) -> None:
         self.base_dist = base_dist
