@@ -8,7 +8,7 @@ since :math:`e^{cu}` has no integral over the line; this is an error (`refuse_fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ _SPREADS = (0.3, 1.0, 3.0)
 _COUNT_POINTS = 8
 # More coordinates without a prior than this are looked at one by one, not in combination.
 _MAX_DIRECTIONS = 200
-# How far a straight line is followed.
-_FAR = (1e1, 1e3, 1e6, 1e9)
+# How far a straight line is followed: along a coordinate, and along a combination of several, in
+# which large numbers that cancel leave their rounding.
+_FAR, _FAR_COMBINED = (1e1, 1e3, 1e6, 1e9), (1e1, 1e2)
 
 
 class ImproperPosterior(ValueError):
@@ -181,9 +182,9 @@ def refuse_flat_directions(
     start, grad = points[ok][0], grad[ok]
     eps = torch.finfo(grad.dtype).eps
 
-    def is_straight(direction: Tensor) -> bool:
+    def is_straight(direction: Tensor, distances: Sequence[float]) -> bool:
         """Whether the log joint is a line from the start, however far one goes."""
-        steps = start.new_tensor([t for far in _FAR for t in (-far, far)])
+        steps = start.new_tensor([t for far in distances for t in (-far, far)])
         there, _ = value_and_grad(start + steps.unsqueeze(-1) * direction)
         here, slope = value_and_grad(start.unsqueeze(0))
         rise = steps * (slope[0] @ direction)
@@ -193,7 +194,7 @@ def refuse_flat_directions(
     change = (grad - grad[0]).abs().amax(0)
     is_line = torch.where(loose, change <= 100 * eps * grad.abs().amax(0), (grad == 0).all(0))
     axes = torch.eye(len(init_loc), dtype=grad.dtype, device=grad.device)
-    flat = [i for i in is_line.nonzero().reshape(-1).tolist() if is_straight(axes[i])]
+    flat = [i for i in is_line.nonzero().reshape(-1).tolist() if is_straight(axes[i], _FAR)]
     if flat:
         raise ImproperPosterior(
             f"the posterior is improper: neither a prior nor the data hold "
@@ -201,7 +202,8 @@ def refuse_flat_directions(
             f"{', '.join(repr(name) for name in dict.fromkeys(owner[i] for i in flat))}. Give it a "
             "proper prior, such as a wide Normal, or take it out of the model."
         )
-    if not together:
+    loose = loose & ~is_line  # of a coordinate that rounding hides nothing can be said
+    if not together or not bool(loose.any()):
         return
     columns = (grad - grad[0])[:, loose]
     size = columns.norm(dim=0).clamp_min(torch.finfo(grad.dtype).tiny)
@@ -209,7 +211,7 @@ def refuse_flat_directions(
     for direction in Vh[1e3 * eps * S[0] >= S].to(grad) / size:
         full = torch.zeros_like(init_loc)
         full[loose] = direction / direction.norm()
-        if is_straight(full):
+        if is_straight(full, _FAR_COMBINED):
             parts = [
                 i for i in full.abs().argsort(descending=True).tolist() if full[i].abs() > 1e-3
             ]

@@ -424,6 +424,8 @@ class LogJoint:
             z = z.requires_grad_()
             with torch.enable_grad():
                 log_prob = self._evaluate(z)
+                if not log_prob.requires_grad:  # nothing depends on any latent
+                    return log_prob, torch.zeros_like(z)
                 (grad,) = torch.autograd.grad(log_prob.sum(), z)
         log_prob = log_prob.detach()
         if bool(torch.isfinite(log_prob.sum() + grad.sum())):  # as is the rule

@@ -17,6 +17,7 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge, probe
 from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.improper import masked_priors
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.refine import independence, neutra
 from pyro_nf.infer.replay import (
@@ -115,10 +116,10 @@ class Posterior:
         with own_randomness(seed), torch.no_grad():
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
+            if not isinstance(guide, AutoFlow):
+                _expect_coordinates(guide)
             if joint is None:
                 joint = LogJoint(model or guide.model, args, kwargs, seed=seed)
-            if not isinstance(guide, AutoFlow):
-                _expect_coordinates(guide, joint)
             if isinstance(guide, AutoNormal):
                 q = _flat_normal(guide, tuple(joint.sites))
             else:
@@ -456,11 +457,12 @@ class Posterior:
         return loss_curve(self.history, ylabel="-ELBO")
 
 
-def _expect_coordinates(guide: AutoContinuous | AutoNormal, joint: LogJoint) -> None:
-    """Raises if a guide of Pyro's has other coordinates than the log joint."""
+def _expect_coordinates(guide: AutoContinuous | AutoNormal) -> None:
+    """Raises if a guide of Pyro's has other coordinates than a log joint."""
+    masked = masked_priors(guide.prototype_trace)
     for name, site in guide.prototype_trace.iter_stochastic_nodes():
-        if name not in joint.sites or joint.sites[name].keep is not None:
-            why = "has entries without a prior density, which nothing depends on"
+        if name in masked:
+            why = "has entries without a prior density"
         elif is_pushed(site["fn"]):
             why = f"reports the support {site['fn'].support}, but has values in a part of it only"
         else:

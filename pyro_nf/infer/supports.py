@@ -47,10 +47,10 @@ def bijection(name: str, fn: Any) -> Transform:
     """
     try:
         return _bijection(fn)
-    except NotImplementedError:
-        problem = f"has support {fn.support}, to which biject_to knows no map from R^n"
     except _Unmappable as error:
         problem = f"cannot be mapped from R^n: {error}"
+    except NotImplementedError:
+        problem = f"has support {fn.support}, to which biject_to knows no map from R^n"
     raise ValueError(
         f"latent site {name!r} {problem}. Marginalise, enumerate or condition on it, or write it "
         "as a function of a latent whose support has one."
@@ -63,13 +63,11 @@ def is_pushed(fn: Any) -> bool:
     Args:
         fn: A distribution whose support can be mapped.
     """
+    if fn.support.is_discrete:
+        return False
     try:
-        reported = biject_to(fn.support)
+        return not _is_same_map(biject_to(fn.support), _bijection(fn))
     except NotImplementedError:
-        return not fn.support.is_discrete and _support(fn) is not fn.support
-    try:
-        return not _is_same_map(reported, _bijection(fn))
-    except _Unmappable:
         return True
 
 
@@ -135,7 +133,7 @@ class Supported(pyro.distributions.TorchDistribution):
             raise ValueError("outside of the support")
 
 
-class _Unmappable(Exception):
+class _Unmappable(NotImplementedError):
     """Why a support cannot be mapped."""
 
 
