@@ -89,8 +89,8 @@ SCALARS: dict[str, tuple[Callable[[], Any], float, float]] = {
         -0.8416212335729142,
         1.2815515655446004,
     ),
-    "nested": (lambda: pushed(pushed(exponential(), SHIFT), maps.ExpTransform().inv), 0.0, 6.0),
-    "folded Normal": (lambda: dist.FoldedDistribution(dist.Normal(t(1.0), 1.0)), 0.0, 20.0),
+    "nested": (lambda: pushed(pushed(exponential(), SHIFT), maps.ExpTransform().inv), 0.0, 21.0),
+    "folded Normal": (lambda: dist.FoldedDistribution(dist.Normal(t(1.0), 1.0)), 0.0, 21.0),
     "mixture": (
         lambda: dist.MixtureSameFamily(
             dist.Categorical(t(0.5, 0.5)), pushed(dist.Exponential(t(1.0, 3.0)), SHIFT)
