@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_nf.infer.sites import Message, Model
 
 _PARTICLES = "_particles"
+Term = Any  # a tensor, with the names of its dimensions in `_pyro_dims`
 
 
 class Enumeration:
@@ -95,7 +96,7 @@ def _summed(trace: poutine.Trace, particles: int | None) -> Tensor:
     sum_dims = set(trace.symbol_to_dim) - set(symbols.values())
     target = frozenset() if particles is None else frozenset([symbols[_PARTICLES]])
     ring = _Elimination(dim_to_size=dict.fromkeys(target, particles))
-    return contract_to_tensor(factors, sum_dims, target_ordinal=target, ring=ring)  # type: ignore[no-any-return]
+    return contract_to_tensor(factors, sum_dims, target_ordinal=target, ring=ring)
 
 
 class _Elimination(LogRing):
@@ -105,7 +106,7 @@ class _Elimination(LogRing):
     terms are impossible the gradient is 0, not NaN.
     """
 
-    def sumproduct(self, terms: Iterable[Tensor], dims: Iterable[str]) -> Tensor:
+    def sumproduct(self, terms: Iterable[Term], dims: Iterable[str]) -> Term:
         """The sum over `dims` of the product of `terms`."""
         terms, pending = list(terms), sorted(dims)
         meets = {d: [t for t in terms if d in t._pyro_dims] for d in pending}
@@ -115,7 +116,7 @@ class _Elimination(LogRing):
             pending.remove(dim)
             product = _product(meets.pop(dim))
             at = product._pyro_dims.index(dim)
-            term = _logsumexp(product, at)
+            term: Term = _logsumexp(product, at)
             term._pyro_dims = product._pyro_dims.replace(dim, "")
             gone = {id(t) for t in terms if dim in t._pyro_dims}
             terms = [*(t for t in terms if id(t) not in gone), term]
@@ -126,12 +127,12 @@ class _Elimination(LogRing):
         return _product(terms)
 
 
-def _union(terms: list[Tensor]) -> str:
+def _union(terms: list[Term]) -> str:
     """The dimensions of any of some terms."""
     return "".join(sorted(set().union(*(t._pyro_dims for t in terms))))
 
 
-def _product(terms: list[Tensor]) -> Tensor:
+def _product(terms: list[Term]) -> Term:
     """Terms multiplied, which is the sum of their logarithms, in the union of their dimensions."""
     if len(terms) == 1:
         return terms[0]
@@ -147,7 +148,7 @@ def _product(terms: list[Tensor]) -> Tensor:
             term = term.reshape([next(sizes) if d in mine else 1 for d in dims])
         total = term if total is None else total + term
     total._pyro_dims = dims
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:

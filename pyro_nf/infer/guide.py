@@ -282,7 +282,7 @@ class AutoFlow(AutoContinuous):
         def moved(site: Any) -> Tensor:
             name = site["name"]
             if name not in sites:
-                return cast(Tensor, site["fn"].sample())
+                return site["fn"].sample()
             u = transforms[name].inv(sites[name]["value"])
             return cast(Tensor, bijection(name, site["fn"])(u + _MOVE))
 

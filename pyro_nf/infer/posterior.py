@@ -459,8 +459,9 @@ class Posterior:
 
 def _expect_coordinates(guide: AutoContinuous | AutoNormal) -> None:
     """Raises if a guide of Pyro's has other coordinates than a log joint."""
-    masked = masked_priors(guide.prototype_trace)
-    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+    prototype: Any = guide.prototype_trace
+    masked = masked_priors(prototype)
+    for name, site in prototype.iter_stochastic_nodes():
         if name in masked:
             why = "has entries without a prior density"
         elif is_pushed(site["fn"]):

@@ -154,14 +154,14 @@ def _support(fn: Any) -> Constraint | None:
         return _support(fn.base_dist)
     if isinstance(fn, torch.distributions.Independent):
         base = _support(fn.base_dist)
-        return None if base is None else _independent(base, fn.event_dim)
+        return None if base is None else _independent(base, len(fn.event_shape))
     if isinstance(fn, pyro.distributions.FoldedDistribution):
         return _folded(fn)
     if isinstance(fn.support, MixtureSameFamilyConstraint):
         return _of_mixture(fn)
     is_told = inspect.getattr_static(type(fn), "support") is not _REPORTED
     if is_told or not isinstance(fn, torch.distributions.TransformedDistribution):
-        return fn.support  # type: ignore[no-any-return]
+        return fn.support
     support = _support(fn.base_dist)
     dtype = _dtype(fn.base_dist)
     for transform in _parts(fn.transforms):
@@ -178,7 +178,7 @@ def _folded(fn: Any) -> Constraint:
     """Where |x| lies for x in an interval."""
     ends = _ends(_support(fn.base_dist))
     if ends is None:
-        return fn.support  # type: ignore[no-any-return]
+        return fn.support
     lower, upper = (_tensor(end, _dtype(fn.base_dist)) for end in ends)
     least = torch.maximum(lower, -upper).clamp_min(0.0)
     return _between(_number(least), _number(torch.maximum(lower.abs(), upper.abs())))
@@ -209,7 +209,7 @@ def _of_mixture(fn: Any) -> Constraint:
 
 def _parts(transforms: Any) -> list[Transform]:
     """The maps of a chain, one after the other."""
-    parts = []
+    parts: list[Transform] = []
     for transform in transforms:
         inner = _elementwise(transform)
         parts += _parts(inner.parts) if isinstance(inner, ComposeTransform) else [transform]
