@@ -490,7 +490,7 @@ class AutoFlow(AutoContinuous):
             log_density = -place.ladj(place.transform, u, value)
         with self._within(self._cond_indep_stacks[name], plates):
             delta = dist.Delta(value, log_density=log_density, event_dim=place.event_dim)
-            return cast(Tensor, pyro.sample(name, delta))
+            return pyro.sample(name, delta)
 
     @staticmethod
     def _within(frames: Any, plates: Mapping[str, Any]) -> contextlib.ExitStack:
