@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -36,6 +37,7 @@ from pyro_nf.infer.sites import Model
 from pyro_nf.infer.start import Start, laplace_start
 from pyro_nf.infer.tempering import separated_mixture
 from pyro_nf.train.checkpoint import load_fit
+from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, train
 from pyro_nf.train.randomness import own_randomness
 
@@ -167,7 +169,8 @@ def fit_svi(
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
-        checkpoint: A file to write the state to, and to go on from if it exists.
+        checkpoint: A file to write the state to, and to go on from if it exists, if arguments,
+            observed data and settings are those of then. The budget may be another.
         checkpoint_every: Steps between two writes of it.
         compile: Whether to fuse the recorded log joint with ``torch.compile``; the compiler takes
             some ten seconds, so it is for long fits. The recording is made even if no seconds bound
@@ -217,6 +220,10 @@ def fit_svi(
             )
         # these and the rate look at the clock, if there is one; then the fit cannot be repeated
         half = None if max_seconds is None else 0.5 * max_seconds
+        resumed = checkpoint is not None and os.path.exists(checkpoint)
+        settings, tensors = load_fit(checkpoint) if checkpoint and resumed else ({}, {})
+        if num_particles is None:
+            num_particles = settings.get("num_particles")  # a clock may choose otherwise today
         if num_particles is None:
             num_particles = choose_particles(joint, half)
 
@@ -227,8 +234,7 @@ def fit_svi(
 
         start: Start | GaussianMixture | None = None
         learning: LogJoint | None = None
-        if checkpoint is not None and os.path.exists(checkpoint):
-            settings, tensors = load_fit(checkpoint)
+        if resumed:
             count = settings.get("count_components", 1)
             guide = _default_guide(joint, count) if guide is None else guide
             guide._build(*args, **kwargs)
@@ -279,10 +285,35 @@ def fit_svi(
         settings={
             "sites": {name: list(s.shape) for name, s in joint.sites.items()},
             "count_components": guide.count_components,
-        },
+            "num_particles": num_particles,
+            "objective": digest(objective or ELBO()),
+        }
+        | ({} if checkpoint is None else _marks(joint)),
         clock=clock,
     )
     return SVIFit(guide, history, joint, start, choice)
+
+
+def _marks(joint: LogJoint) -> dict[str, Any]:
+    """What tells a model and its data from others: its arguments, what it observes, its density.
+
+    A model that draws a subsample of its own shows other data in each run; then the arguments alone
+    are compared.
+    """
+    marks: dict[str, Any] = {f"args[{i}]": digest(value) for i, value in enumerate(joint.args)}
+    marks |= {f"kwargs[{name!r}]": digest(value) for name, value in joint.kwargs.items()}
+    if joint.is_random:
+        return marks
+    z = torch.zeros_like(joint.init_loc)
+    with torch.no_grad(), own_randomness(seed=0), pyro.validation_enabled(False), poutine.block():
+        conditioned = poutine.condition(joint.model, joint.unpack(z))
+        trace = poutine.trace(conditioned).get_trace(*joint.args, **joint.kwargs)
+        density = float(joint.log_prob(z.unsqueeze(0)))
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        if node["type"] == "sample" and node["is_observed"] and name not in joint.sites:
+            marks[f"observed {name!r}"] = digest(node["value"])
+    return marks | ({"log density at 0": density} if math.isfinite(density) else {})
 
 
 @dataclass(frozen=True)
