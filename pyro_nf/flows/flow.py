@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, cast
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_context, check_count, is_count
+from pyro_nf._checks import check_context, check_count
 from pyro_nf._storage import (
     Bounded,
     InvalidFile,
@@ -245,7 +245,7 @@ class Flow(nn.Module):
             >>> realnvp(2).sample(5).shape, realnvp(2).sample((3, 4)).shape
             (torch.Size([5, 2]), torch.Size([3, 4, 2]))
         """
-        shape = (sample_shape,) if is_count(sample_shape) else sample_shape
+        shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
         for count in cast("Sequence[int]", shape):
             check_count("Flow.sample", "sample_shape", count, at_least=0)
         return self(context).sample(Size(cast("Sequence[int]", shape)))
