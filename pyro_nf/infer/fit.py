@@ -70,6 +70,9 @@ class SVIFit:
     start: Start | GaussianMixture | None
     choice: str
 
+    def __repr__(self) -> str:
+        return f"SVIFit({self.choice})\n  {self.history!r}\n  {self.joint!r}"
+
     def posterior(self, num_draws: int = 1000, *, seed: int = 0) -> Posterior:
         """Draws with their importance weights.
 
@@ -146,6 +149,10 @@ def fit_svi(
     that a hierarchy has no funnel. What is kept is a moving average of the parameters, at the check
     where its ELBO by a fixed set of draws, less two standard errors, was best; the start is checked
     too.
+
+    The parameters of the guide are in Pyro's param store afterwards, as after ``SVI``, so that
+    ``pyro.get_param_store().save(path)`` keeps them for another process: there ``load(path)``, and
+    a guide that is built alike takes them in :meth:`AutoFlow.setup`.
 
     Ctrl-C ends the fit and keeps the best state. A particle whose log density is not finite counts
     for nothing in its step; a step in which all of them fail, or whose gradient is not finite, is
@@ -291,6 +298,7 @@ def fit_svi(
         | ({} if checkpoint is None else _marks(joint)),
         clock=clock,
     )
+    guide.register()
     return SVIFit(guide, history, joint, start, choice)
 
 

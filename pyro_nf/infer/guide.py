@@ -43,7 +43,7 @@ from pyro_nf.infer.supports import bijection, is_flat
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import Chain, FlowTransform, indented
 
 FlowFactory = Callable[[int], Flow | FlowTransform]
 
@@ -457,6 +457,21 @@ class AutoFlow(AutoContinuous):
             )
         return cast(Flow, self._modules["flow"])
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any Module; before :meth:`setup` there are none, which a warning says."""
+        if self.prototype_trace is None:
+            warnings.warn(
+                "AutoFlow: the guide has no parameters before guide.setup(*args) with the model's "
+                "arguments; an optimiser that is made now would learn nothing.",
+                stacklevel=2,
+            )
+        return super().named_parameters(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        if self.prototype_trace is None:
+            return "AutoFlow(not set up)"
+        return f"AutoFlow({self.latent_dim} coordinates)\n  {indented(repr(self._ready()))}"
+
     # What Pyro asks of an AutoContinuous.
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -626,6 +641,17 @@ class AutoFlow(AutoContinuous):
             for key, tensor in self._in_param_store().items():
                 if key in store:
                     tensor.copy_(store[key])  # the values only: two guides share no tensor
+        self.register()
+
+    def register(self) -> None:
+        """Makes Pyro's param store hold this guide's parameters and coordinates.
+
+        :meth:`setup` and :func:`~pyro_nf.infer.fit.fit_svi` do so. What the store held under the
+        same names, of another guide for example, goes.
+
+        Raises:
+            RuntimeError: Before :meth:`setup`.
+        """
         self._register()
         pyro.module(f"{self._pyro_name}.flow", self._ready())
 

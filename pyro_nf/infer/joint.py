@@ -144,7 +144,9 @@ class LogJoint:
             self._note_hierarchy(trace, run)
 
     def __repr__(self) -> str:
-        return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites={self.sites})"
+        sites = ", ".join(f"{name} {tuple(site.shape)}" for name, site in self.sites.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
+        return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites: {sites})"
 
     # ---- construction
 

@@ -77,6 +77,12 @@ class Posterior:
     q: dist.TorchDistribution | None = field(default=None, repr=False)
     chains: int = 1
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in self.samples.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
+        weighted = "weighted" if self.log_q is not None else f"{self.chains} chain(s)"
+        return f"Posterior({len(self.z)} draws, {weighted}; sites: {sites})"
+
     @classmethod
     def from_guide(
         cls,

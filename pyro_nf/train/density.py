@@ -106,6 +106,9 @@ class DensityFit:
     start: str = ""
     starts: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"DensityFit({self.history!r})\n{self}"
+
     def __str__(self) -> str:
         flow = f"flow, trained from the start {self.start!r}" if self.start else "flow"
         rows = {flow: self.validation}

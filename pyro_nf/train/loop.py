@@ -81,6 +81,12 @@ class History:
     overfits: list[int] = field(default_factory=list)
     stopped: str = ""
 
+    def __repr__(self) -> str:
+        return (
+            f"History({self.steps} steps, best {self.best_value:.6g} at step {self.best_step}, "
+            f"{len(self.skipped)} skipped, stopped by {self.stopped or 'nothing yet'})"
+        )
+
     @property
     def steps(self) -> int:
         """The number of steps taken."""

@@ -492,3 +492,33 @@ def test_14_the_number_of_particles_is_that_of_the_checkpoint(tmp_path: Path) ->
     options = {"max_steps": 4, "checkpoint": tmp_path / "fit"}
     fit(conjugate, **options)
     assert "16 particles" in fit(conjugate, **options, num_particles=None).choice
+
+
+def test_25_the_param_store_keeps_a_fit(tmp_path: Path) -> None:
+    result = fit(conjugate)
+    z = torch.linspace(-1, 1, 5).unsqueeze(-1)
+    wanted = result.guide.get_posterior().log_prob(z).detach()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    fresh = AutoFlow(conjugate, small).setup()
+    torch.testing.assert_close(fresh.get_posterior().log_prob(z).detach(), wanted)
+
+
+def test_25_what_is_printed_is_short() -> None:
+    result = fit(conjugate)
+    posterior = result.posterior(50)
+    for thing in (result, result.history, result.joint, posterior, result.guide, AutoFlow(skewed)):
+        assert repr(thing) == str(thing)
+        assert len(repr(thing)) < 1000
+        assert repr(thing).startswith(type(thing).__name__)
+    assert "60 steps" in repr(result)
+    assert "50 draws" in repr(posterior)
+    assert "mu ()" in repr(result.joint)
+
+
+def test_25_no_parameters_before_setup_is_said() -> None:
+    guide = AutoFlow(conjugate)
+    with pytest.warns(UserWarning, match=r"no parameters before guide\.setup"):
+        assert not list(guide.parameters())
+    assert list(guide.setup().parameters())
