@@ -9,7 +9,7 @@ import pytest
 
 BEFORE_AND_AFTER = """
 import random, sys, threading, warnings
-import numpy as np, pyro, torch, matplotlib
+import numpy as np, pyro, torch, matplotlib, sympy  # of which torch imports some late
 from torch.distributions import biject_to, transform_to
 from torch.distributions.kl import _KL_REGISTRY
 

@@ -1,4 +1,4 @@
-"""One rule for dtypes: what differs from the flow is refused in words, never converted in secret."""
+"""One rule for dtypes: what differs from the flow is refused in words, never converted."""
 
 import pytest
 import torch
