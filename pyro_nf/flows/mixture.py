@@ -130,6 +130,18 @@ class GaussianMixtureDistribution(dist.TorchDistribution):
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return self.joint_log_prob(value).logsumexp(-1).expand(shape)
 
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Raises: a draw's component changes in jumps, so that no gradient goes through it.
+
+        Raises:
+            NotImplementedError: Always; the message says what to do.
+        """
+        raise NotImplementedError(
+            "GaussianMixture: draws of a mixture carry no gradient, so rsample is not there. Use "
+            "sample(), or a base with gradients: fit_density(..., starts=(Standardised(), "
+            "Whitened())) keeps the one that the flow has."
+        )
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, without gradients."""
         with torch.no_grad():

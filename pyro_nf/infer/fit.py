@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -41,6 +42,7 @@ from pyro_nf.infer.start import Start, StartSearch
 from pyro_nf.infer.tempering import PieceSearch
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import load_fit
+from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, Stage, train
 from pyro_nf.train.randomness import own_randomness
 
@@ -77,6 +79,9 @@ class SVIFit:
     joint: LogJoint
     start: Start | GaussianMixture | None
     choice: str
+
+    def __repr__(self) -> str:
+        return f"SVIFit({self.choice})\n  {self.history!r}\n  {self.joint!r}"
 
     def posterior(self, num_draws: int = 1000, *, seed: int = 0) -> Posterior:
         """Draws with their importance weights.
@@ -155,6 +160,10 @@ def fit_svi(
     where its ELBO by a fixed set of draws, less two standard errors, was best; the start is checked
     too.
 
+    The parameters of the guide are in Pyro's param store afterwards, as after ``SVI``, so that
+    ``pyro.get_param_store().save(path)`` keeps them for another process: there ``load(path)``, and
+    a guide that is built alike takes them in :meth:`AutoFlow.setup`.
+
     Ctrl-C ends the fit, whatever it is at, and keeps the best state so far: of the training, or of
     the search for a start. The first runs of the model, by which it is understood, are the only
     exception: there is nothing to keep yet, and the interrupt is raised. So is a second Ctrl-C,
@@ -183,7 +192,8 @@ def fit_svi(
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
-        checkpoint: A file to write the state to, and to go on from if it exists.
+        checkpoint: A file to write the state to, and to go on from if it exists, if arguments,
+            observed data and settings are those of then. The budget may be another.
         checkpoint_every: Steps between two writes of it.
         compile: Whether to fuse the recorded log joint with ``torch.compile``; the compiler takes
             some ten seconds, so it is for long fits. The recording is made even if no seconds bound
@@ -247,11 +257,36 @@ def fit_svi(
         settings={
             "sites": {name: list(s.shape) for name, s in joint.sites.items()},
             "count_components": guide.count_components,
-        },
+            "num_particles": beginning.num_particles,
+            "objective": digest(objective or ELBO()),
+        }
+        | ({} if checkpoint is None else _marks(joint)),
         seconds_before=budget.seconds,
         clock=clock,
     )
     return beginning.fit(history)
+
+
+def _marks(joint: LogJoint) -> dict[str, Any]:
+    """What tells a model and its data from others: its arguments, what it observes, its density.
+
+    A model that draws a subsample of its own shows other data in each run; then the arguments alone
+    are compared.
+    """
+    marks: dict[str, Any] = {f"args[{i}]": digest(value) for i, value in enumerate(joint.args)}
+    marks |= {f"kwargs[{name!r}]": digest(value) for name, value in joint.kwargs.items()}
+    if joint.is_random:
+        return marks
+    z = torch.zeros_like(joint.init_loc)
+    with torch.no_grad(), own_randomness(seed=0), pyro.validation_enabled(False), poutine.block():
+        conditioned = poutine.condition(joint.model, joint.unpack(z))
+        trace = poutine.trace(conditioned).get_trace(*joint.args, **joint.kwargs)
+        density = float(joint.log_prob(z.unsqueeze(0)))
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        if node["type"] == "sample" and node["is_observed"] and name not in joint.sites:
+            marks[f"observed {name!r}"] = digest(node["value"])
+    return marks | ({"log density at 0": density} if math.isfinite(density) else {})
 
 
 def _check_arguments(
@@ -319,9 +354,12 @@ class _Beginning:
         """Finds particles, start and pieces, and records what steps will evaluate."""
         if checkpoint is not None and os.path.exists(checkpoint):
             self.saved = load_fit(checkpoint)
+            if not self.are_particles_given:  # a clock may choose otherwise today
+                self.num_particles = self.saved[0].get("num_particles", self.num_particles)
         with suppress(OutOfTime):
             self.meter.explored()
-            if self.budget.has_seconds and not self.are_particles_given:
+            is_open = self.saved is None and not self.are_particles_given
+            if self.budget.has_seconds and is_open:
                 self.num_particles = choose_particles(self.meter, 0.5 * self.budget.seconds_left)
         if self.saved is None and not self.is_set_up:
             self._find_start()
@@ -376,12 +414,18 @@ class _Beginning:
         return meter.within(Budget(max_seconds=max(rows, _LEAST_ROWS), clock=meter.rows))
 
     def _record(self, meter: Metered, compile: bool = False) -> None:
-        """Records the log joint if seconds bound the fit, or if the recording is to be compiled."""
+        """Records the log joint if seconds bound the fit, or if it is to be compiled.
+
+        Runs with enumerated sites are long, so that their recording pays in any fit; where steps
+        alone bound it, no clock decides.
+        """
         count, bounded = self.num_particles, self.budget.has_seconds
         seconds = self.budget.part(_TRACE_SHARE).max_seconds if bounded else math.inf
         too_dear = _TRACE_COST * meter.price("gradient", count) > cast(float, seconds)
-        if (bounded and not too_dear) or compile:
-            meter.joint.trace(count, cast(float, seconds), self.budget.clock, compile)
+        is_long = bool(self.joint.enumerated_sites) and not bounded
+        if (bounded and not too_dear) or compile or is_long:
+            joint, clock = meter.joint, self.budget.clock
+            joint.trace(count, cast(float, seconds), clock, compile, if_faster=bounded)
             meter.forget(count)
 
     # ---- what is found
@@ -469,6 +513,7 @@ class _Beginning:
     def fit(self, history: History) -> SVIFit:
         """The fit with the guide as it is."""
         guide = cast(AutoFlow, self.guide)
+        guide.register()
         return SVIFit(guide, history, self.joint, self.start, self.choice)
 
 

@@ -17,10 +17,18 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge, probe
 from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.improper import masked_priors
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.refine import independence, neutra
-from pyro_nf.infer.replay import SetFree, observed_values, pointwise_log_likelihood, predict
+from pyro_nf.infer.replay import (
+    SetFree,
+    complete,
+    observed_values,
+    pointwise_log_likelihood,
+    predict,
+)
 from pyro_nf.infer.summary import Summary, summarize
+from pyro_nf.infer.supports import is_pushed
 from pyro_nf.infer.weights import Weights, smooth
 from pyro_nf.train.loop import History
 from pyro_nf.train.randomness import own_randomness
@@ -69,6 +77,12 @@ class Posterior:
     q: dist.TorchDistribution | None = field(default=None, repr=False)
     chains: int = 1
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in self.samples.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
+        weighted = "weighted" if self.log_q is not None else f"{self.chains} chain(s)"
+        return f"Posterior({len(self.z)} draws, {weighted}; sites: {sites})"
+
     @classmethod
     def from_guide(
         cls,
@@ -108,6 +122,8 @@ class Posterior:
         with own_randomness(seed), torch.no_grad():
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
+            if not isinstance(guide, AutoFlow):
+                _expect_coordinates(guide)
             if joint is None:
                 joint = LogJoint(model or guide.model, args, kwargs, seed=seed)
             if isinstance(guide, AutoNormal):
@@ -124,7 +140,9 @@ class Posterior:
                     log_q = q.log_prob(z)
                 pieces.append((z, log_q, joint.log_prob(z)))
         z, log_q, log_p = (torch.cat(piece) for piece in zip(*pieces, strict=True))
-        return cls(joint.unpack(z), z, log_p, log_q, joint, history, q)
+        with own_randomness(seed):
+            samples = complete(joint, joint.unpack(z))
+        return cls(samples, z, log_p, log_q, joint, history, q)
 
     def __len__(self) -> int:
         return len(self.z)
@@ -299,9 +317,10 @@ class Posterior:
             )
             with torch.no_grad():
                 log_p = torch.cat([self.joint.log_prob(z) for z in run.z.split(_CHUNK)])
+            samples = complete(self.joint, self.joint.unpack(run.z))
         return replace(
             self,
-            samples=self.joint.unpack(run.z),
+            samples=samples,
             z=run.z,
             log_p=log_p,
             log_q=None,
@@ -442,6 +461,23 @@ class Posterior:
         if self.history is None:
             raise RuntimeError("Posterior.plot: these draws come without the history of a fit.")
         return loss_curve(self.history, ylabel="-ELBO")
+
+
+def _expect_coordinates(guide: AutoContinuous | AutoNormal) -> None:
+    """Raises if a guide of Pyro's has other coordinates than a log joint."""
+    prototype: Any = guide.prototype_trace
+    masked = masked_priors(prototype)
+    for name, site in prototype.iter_stochastic_nodes():
+        if name in masked:
+            why = "has entries without a prior density"
+        elif is_pushed(site["fn"]):
+            why = f"reports the support {site['fn'].support}, but has values in a part of it only"
+        else:
+            continue
+        raise ValueError(
+            f"Posterior: {type(guide).__name__} cannot be weighed, since the latent site {name!r} "
+            f"{why}, and the guide goes beyond. Use an AutoFlow, which knows of it."
+        )
 
 
 def _flat_normal(guide: AutoNormal, sites: Sequence[str]) -> dist.TorchDistribution:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
+from pyro_nf.train.budget import Budget
 from pyro_nf.transforms.linear import shrunk_covariance
 
 VARIANCE_FLOOR = 1e-6
@@ -25,6 +24,9 @@ PATIENCE_GAIN = 1e-3
 
 COUNT_KMEANS = 4
 """EM starts from the best of so many runs of k-means: it seldom leaves a poor start."""
+
+WORK_OF_KMEANS = 60.0
+"""The work of k-means is that of so many iterations of EM in one dimension."""
 
 MOST_ITERATIONS = 100
 MOST_WORK = 2e10
@@ -42,9 +44,9 @@ def fit_gaussian_mixture(
     x: Tensor,
     validation: Tensor,
     *,
-    max_seconds: float = math.inf,
+    budget: Budget | None = None,
+    most_work: float = math.inf,
     generator: torch.Generator | None = None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> GaussianMixture:
     r"""Fit Gaussian mixtures of 1, 2, 4, ... components by EM; keep the best on validation.
 
@@ -63,9 +65,10 @@ def fit_gaussian_mixture(
     Args:
         x: Standardised rows, shape ``(N, D)``; of more than 20,000 a part is used.
         validation: Rows that choose the size, shape ``(M, D)``.
-        max_seconds: No larger mixture is begun, and EM is cut short, after so many seconds.
+        budget: Seconds that it may take: no larger mixture is begun after them, and k-means and EM
+            are cut short.
+        most_work: Products that all of it may take; no mixture is begun that would need more.
         generator: Source of randomness.
-        clock: Returns the seconds that ``max_seconds`` counts.
 
     Returns:
         The mixture, with the dtype of ``x``.
@@ -78,7 +81,7 @@ def fit_gaussian_mixture(
         >>> round(-mixture().log_prob(x).mean().item(), 1)  # log 2 + the entropy of a normal
         2.1
     """
-    end = clock() + max_seconds
+    budget = Budget() if budget is None else budget
     n, dtype = len(x), x.dtype
     d = x.shape[1]
     most_rows = min(MOST_ROWS, max(MOST_ENTRIES // d**2, 1))
@@ -90,11 +93,12 @@ def fit_gaussian_mixture(
     best_value = _mean_log_prob(best, validation)
     worse = 0
     for k in _SIZES:
-        iterations = min(MOST_ITERATIONS, int(MOST_WORK / (k * products.numel())))
-        too_large = k * max(ROWS_PER_COMPONENT, d) > len(x) or iterations == 0
-        if too_large or worse == MOST_WORSE_SIZES or (k > 1 and clock() >= end):
+        iterations = min(MOST_ITERATIONS, int(min(MOST_WORK, most_work) / (k * products.numel())))
+        too_large = k * max(ROWS_PER_COMPONENT, d) > len(x) or iterations < 1
+        if too_large or worse == MOST_WORSE_SIZES or budget.is_spent():
             break
-        mixture = _em(x, products, k, iterations, generator, lambda: clock() >= end)
+        mixture, used = _em(x, products, k, iterations, generator, budget)
+        most_work -= (used + WORK_OF_KMEANS / d) * k * products.numel()
         value = _mean_log_prob(mixture, validation)
         if value > best_value:
             best, best_value, worse = mixture, value, 0
@@ -114,8 +118,9 @@ def _em(
     k: int,
     iterations: int,
     generator: torch.Generator | None,
-    out_of_time: Callable[[], bool],
-) -> GaussianMixture:
+    budget: Budget,
+) -> tuple[GaussianMixture, int]:
+    """The mixture, and how many iterations it took."""
     n, d = x.shape
     scales = x.new_tensor(BACKGROUND_SCALES)
     weights = scales**-2 / (scales**-2).sum() / (n + 1)
@@ -126,25 +131,31 @@ def _em(
         -d * scales.log(),
     )
     background = wide.joint_log_prob(x)
-    nearest, _ = min((_k_means(x, k, generator) for _ in range(COUNT_KMEANS)), key=itemgetter(1))
-    responsibility = torch.nn.functional.one_hot(nearest, k).to(x)
+    runs = [_k_means(x, k, generator, budget)]
+    while len(runs) < (COUNT_KMEANS if k > 1 else 1) and not budget.is_spent():
+        runs.append(_k_means(x, k, generator, budget))
+    nearest, _ = min(runs, key=itemgetter(1))
+    responsibility = torch.nn.functional.one_hot(nearest).to(x)
     last = -math.inf
-    for _ in range(iterations):
+    used = 0
+    while used < iterations:
+        used += 1
         log_weights, means, factors = _maximise(x, products, responsibility)
         log_dets = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         narrow = GaussianMixtureDistribution(log_weights, means, factors, log_dets)
         joint = narrow.joint_log_prob(x)
         total = torch.cat((joint, background), -1).logsumexp(-1, keepdim=True)
         value = total.mean().item()
-        if value < last + PATIENCE_GAIN or out_of_time():
+        if value < last + PATIENCE_GAIN or budget.is_spent():
             break
         last = value
         responsibility = (joint - total).exp()
-    return GaussianMixture.from_moments(
+    mixture = GaussianMixture.from_moments(
         torch.cat((log_weights, wide.log_weights)),
         torch.cat((means, wide.means)),
         torch.cat((factors, wide.factors)),
     )
+    return mixture, used
 
 
 def _maximise(x: Tensor, products: Tensor, responsibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +175,7 @@ def _maximise(x: Tensor, products: Tensor, responsibility: Tensor) -> tuple[Tens
 
 
 def _k_means(
-    x: Tensor, k: int, generator: torch.Generator | None, iterations: int = 10
+    x: Tensor, k: int, generator: torch.Generator | None, budget: Budget, iterations: int = 10
 ) -> tuple[Tensor, float]:
     """The nearest of k centres for each row, and the sum of the squared distances.
 
@@ -173,15 +184,19 @@ def _k_means(
     count_trials = 2 + int(math.log(k))
     centres, nearest_square = x[:0], x.new_full((len(x), 1), math.inf)
     weights = x.new_ones(len(x))
-    for _ in range(k):
+    for i in range(k):
+        if i > 0 and budget.is_spent():
+            break
         trials = x[torch.multinomial(weights, count_trials, replacement=True, generator=generator)]
         squares = torch.minimum(nearest_square, torch.cdist(x, trials).square())
         best = squares.sum(0).argmin()
         centres, nearest_square = torch.cat((centres, trials[best, None])), squares[:, best, None]
         weights = nearest_square.squeeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
-    for _ in range(iterations):
+    for i in range(iterations):
         square, nearest = torch.cdist(x, centres).square().min(-1)
-        count = torch.bincount(nearest, minlength=k)[:, None]
+        if i > 0 and budget.is_spent():
+            break
+        count = torch.bincount(nearest, minlength=len(centres))[:, None]
         total = torch.zeros_like(centres).index_add_(0, nearest, x)
         centres = torch.where(count > 0, total / count.clamp_min(1), centres)
     return nearest, square.sum().item()
@@ -234,10 +249,22 @@ class GaussianCopula:
         u = torch.special.ndtr(t).mean(-2).clamp(_SMALLEST_TAIL, 1 - _SMALLEST_TAIL)
         return torch.special.ndtri(u), log_f
 
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log density, ``(..., D) -> (...)``."""
-        pieces = y.reshape(-1, y.shape[-1]).double().split(_ROWS_AT_ONCE)
-        return torch.cat([self._log_prob(piece) for piece in pieces]).reshape(y.shape[:-1]).to(y)
+    def log_prob(self, y: Tensor, budget: Budget | None = None) -> Tensor:
+        """Log density, ``(..., D) -> (...)``; of the first rows only, if the budget ends before.
+
+        Args:
+            y: Points.
+            budget: Seconds that it may take; the result is then flat.
+        """
+        rows = y.reshape(-1, y.shape[-1]).double()
+        at_once = max(_MOST_VALUES_AT_ONCE // (len(self.kernels) * rows.shape[1]), 1)
+        pieces = []
+        for piece in rows.split(min(at_once, _ROWS_AT_ONCE)):
+            pieces.append(self._log_prob(piece))
+            if budget is not None and budget.is_spent():
+                break
+        values = torch.cat(pieces).to(y)
+        return values if budget is not None else values.reshape(y.shape[:-1])
 
     def _log_prob(self, y: Tensor) -> Tensor:
         z, log_f = self._scores(y)
@@ -253,4 +280,5 @@ _QUARTILES = torch.tensor([0.25, 0.75], dtype=torch.float64)
 _MOST_KERNELS = 500
 _MOST_KERNEL_VALUES = 20_000_000  # of all kernels at the centres of all, in every column
 _ROWS_AT_ONCE = 256
+_MOST_VALUES_AT_ONCE = 5_000_000
 _SMALLEST_TAIL = 1e-12

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_nf._checks import check_context, check_event
-from pyro_nf.flows.base import Base
+from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
-from pyro_nf.train.baselines import MOST_ROWS, GaussianCopula, fit_gaussian_mixture
+from pyro_nf.train.baselines import GaussianCopula
+from pyro_nf.train.budget import Budget
+from pyro_nf.train.checkpoint import load_fit
+from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, Minibatches, Stage, adam, train
 from pyro_nf.train.randomness import own_randomness
-from pyro_nf.train.start import AsGiven, Standardised, Start, Whitened, start_tails
+from pyro_nf.train.start import (
+    FARTHEST_NORMAL_ROW,
+    AsGiven,
+    MixtureBase,
+    Standardised,
+    Start,
+    StudentTails,
+    Whitened,
+    has_heavy_tails,
+)
+from pyro_nf.train.table import (
+    Table,
+    check_columns_vary,
+    check_nothing_far,
+    read_table,
+    units_of,
+    warn_of_repeated_values,
+)
+from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.base import FlowTransform
 
 DEFAULT_STEPS = 5_000
@@ -30,15 +50,37 @@ AVERAGE = 0.998
 """Decay of the moving average of the parameters that validation looks at: less noise, less loss."""
 
 MIXTURE_SHARE = 0.1
-"""Share of ``max_seconds`` that the Gaussian mixture may take."""
+"""Share of ``max_seconds`` that EM may take for the Gaussian mixture."""
+
+MIXTURE_WORK = 0.3
+"""Without seconds: share of the products of all steps that EM may take."""
+
+LEAST_MIXTURE_WORK = 5e8
+"""But so many, which take some tenths of a second, are always its own."""
 
 MIXTURE_MARGIN = 0.03
-"""Nats by which the mixture must win to take the flow's place: less is within the noise."""
+"""Nats by which the mixture must win among the starts: its draws carry no gradient."""
 
-MOST_ROUNDING = 0.05
-"""Share of a column's standard deviation that the dtype of the flow may round away."""
+STARTS_SHARE = 0.3
+"""After this share of ``max_seconds`` no further start is begun."""
 
+START_SHARE = 0.05
+"""Share of the budget that a start may take to pass its rows through the flow."""
+
+CHECK_SHARE = 0.02
+"""Share of ``max_seconds`` that one look at validation may take: then it sees fewer rows."""
+
+LEAST_RACE = 4
+"""A race that would not last so many looks at validation is not run."""
+
+FINAL_SHARE = 0.05
+"""Share of ``max_seconds`` that is kept for the loss of all validation rows at the end."""
+
+FEWEST_ROWS = 64
 MOST_CHECKED_ROWS = 2_000
+MOST_FINAL_ROWS = 20_000
+MOST_STARTING_ROWS = 20_000
+FEWEST_STARTING_ROWS = 2_000
 MOST_COPULA_ROWS = 500
 ROWS_AT_ONCE = 4_096
 
@@ -49,11 +91,12 @@ class DensityFit:
 
     Attributes:
         flow: The flow that was given, with its best parameters.
-        history: What happened in the main run.
-        validation: Mean negative log density of the validation rows, in nats.
-        baselines: The same of plain densities, by name.
-        start: The name of the start that was chosen.
-        starts: The validation loss of every start after the race.
+        history: What happened in the main run, or in the race of a start if that was interrupted.
+        validation: Mean negative log density of the validation rows, in nats; nan if the fit was
+            interrupted before it knew any.
+        baselines: The same of plain densities, by name, for comparison only.
+        start: The name of the start from which the flow was trained.
+        starts: The validation loss of every start that was tried, after its race.
     """
 
     flow: Flow
@@ -63,11 +106,18 @@ class DensityFit:
     start: str = ""
     starts: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"DensityFit({self.history!r})\n{self}"
+
     def __str__(self) -> str:
-        rows = {f"flow ({self.start})": self.validation, **self.baselines}
+        flow = f"flow, trained from the start {self.start!r}" if self.start else "flow"
+        rows = {flow: self.validation}
+        rows |= {f"for comparison: {name}": value for name, value in self.baselines.items()}
+        rows |= {f"start after its race: {name}": value for name, value in self.starts.items()}
         width = max(len(name) for name in rows)
         lines = [f"{name:<{width}}  {value:10.4f}" for name, value in rows.items()]
-        return "\n".join([f"{'validation loss':<{width}}  {'nats':>10}", *lines])
+        stopped = f"stopped by {self.history.stopped} after {self.history.steps} steps"
+        return "\n".join([f"{'validation loss':<{width}}  {'nats':>10}", *lines, stopped])
 
 
 def fit_density(
@@ -81,7 +131,7 @@ def fit_density(
     batch_size: int | None = None,
     learning_rate: float = 3e-3,
     weight_decay: float | None = None,
-    starts: Sequence[Start] = (Standardised(), Whitened()),
+    starts: Sequence[Start] | None = None,
     baselines: bool = True,
     patience: float | None = 0.5,
     check_every: int = 50,
@@ -96,15 +146,23 @@ def fit_density(
 
     .. math:: \min_\theta \; -\tfrac{1}{N} \sum_i \log q_\theta(x_i \mid c_i)
 
-    A part of the rows is held out. Each start sets linear layers from the data and trains for a
+    A part of the rows is held out. Columns and contexts are brought to the unit scale by fixed
+    maps that become part of the flow (``flow.units``, ``flow.context_units``), so that the fit does
+    not depend on units. Each start sets linear layers from the data and trains for a
     small share of the budget; validation chooses the one that goes on. The learning rate rises,
     then falls along a cosine that ends with the budget. The flow ends with the moving average of
     the parameters that was best on the validation rows. Few rows for many columns bring weight
     decay on the networks, which rises when the flow overfits: when validation becomes worse while
     the loss falls, the fit goes back to its best state under more decay. Biases do not decay, so
-    that what is left is linear maps and free marginals. Heavy tails bring a Student t base in place
-    of a fixed normal one. If a Gaussian mixture is clearly better than the flow on the validation
-    rows, it becomes the base of the flow, which then starts from it at the next fit.
+    that what is left is linear maps and free marginals.
+
+    By default the starts are `Standardised` and `Whitened`. If the base of the flow is the standard
+    normal, heavy tails bring `StudentTails` of both, and the better of them is tried with
+    the normal too; and if a Gaussian mixture found by EM is better on the validation rows than all
+    others after their race, the flow starts from that base (`MixtureBase`) and trains on, layers
+    and all.
+
+    Ctrl-C at any moment ends the fit with the best state so far.
 
     Args:
         flow: The flow, changed in place.
@@ -118,13 +176,16 @@ def fit_density(
         learning_rate: The highest learning rate of Adam.
         weight_decay: Decay of the networks' weights; by default :math:`10 \min(1, (20 D / N)^3)` at
             first, and more whenever the flow overfits.
-        starts: What to try; ``(AsGiven(),)`` goes on with a flow that was trained before.
-        baselines: Whether to fit the Gaussian mixture and the Gaussian copula.
+        starts: What to try, and nothing else; ``(AsGiven(),)`` goes on with a flow that was trained
+            before, in the units that it has.
+        baselines: Whether to fit the Gaussian mixture and the Gaussian copula, for comparison;
+            without them the mixture is no start either.
         patience: Stop when validation has not improved for this share of the budget.
         check_every: Steps between two looks at validation.
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
-        checkpoint: A file for the state of the fit; if it exists the fit goes on from there.
+        checkpoint: A file for the state of the fit; if it exists the fit goes on from there, if
+            data and settings are those of then. The budget may be another.
         checkpoint_every: Steps between two writes of it, rounded up to a check.
         compile: Whether to compile the loss with ``torch.compile``: a step then took about half as
             long in two dimensions, but compiling some 20 seconds of CPU at the first step, so that
@@ -136,8 +197,9 @@ def fit_density(
 
     Raises:
         TypeError: If the data are not floating tensors.
-        ValueError: If a shape is wrong, there are too few rows, a column is constant, has NaN or
-            inf, or loses its digits in the dtype of the flow; the message names the column.
+        ValueError: If a shape is wrong, there are too few rows, or a column of rows or contexts is
+            constant, has NaN or inf, loses its digits in the dtype of the flow, or has an entry so
+            far out that the others vanish beside it; the message names the column.
         OSError: If the checkpoint cannot be written.
 
     Example:
@@ -147,148 +209,366 @@ def fit_density(
         >>> abs(fit.flow().sample((10_000,)).mean().item() - 3) < 0.3
         True
     """
-    started = clock()
+    result = DensityFit(flow, History(), math.nan)
     if max_steps is None and max_seconds is None:
         max_steps = DEFAULT_STEPS
-    table, held_out = _split(flow, x, context, validation, seed)
-    checked = held_out.first(MOST_CHECKED_ROWS)
-    n, d = table.y.shape
-    batch_size = min(max(n // 10, 64), 256) if batch_size is None else batch_size
-    decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
-
-    def loss(batch: tuple[Tensor, Tensor | None]) -> Tensor:
-        y, c = batch
-        return -flow(c).log_prob(y).mean()
-
-    training_loss = torch.compile(loss) if compile else loss
-
-    def run(steps: int | None, seconds: float | None, **options: Any) -> History:
-        return train(
-            flow,
-            Stage(training_loss, adam(_groups(flow, decay), learning_rate)),
-            batches=Minibatches((table.y, table.context), batch_size, seed or 0),
-            validate=lambda: _mean_loss(flow, checked),
-            max_steps=steps,
-            max_seconds=seconds,
+    try:
+        budget = Budget(max_steps, max_seconds, clock)
+        table, held_out, units = _read(flow, x, context, validation, seed)
+        n, d = table.y.shape
+        decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
+        options = _Options(
+            batch_size=min(max(n // 10, 64), 256) if batch_size is None else batch_size,
+            learning_rate=learning_rate,
+            weight_decay=decay,
+            raise_decay=weight_decay is None,
+            patience=patience,
             check_every=check_every,
-            average=AVERAGE,
             seed=seed,
-            metric="validation loss",
-            explain=_explain,
-            clock=clock,
-            **options,
+            progress=progress,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            compile=compile,
         )
-
-    if not starts:
-        raise ValueError("fit_density: starts is empty; (AsGiven(),) keeps the flow as it is.")
-    if not any(isinstance(start, AsGiven) for start in starts):
-        start_tails(flow, table.y)
-    mixture_seconds = math.inf if max_seconds is None else MIXTURE_SHARE * max_seconds
-    with own_randomness(seed):
-        rivals = _Rivals(flow, table, checked, mixture_seconds, clock) if baselines else None
-
-    race = len(starts) > 1 and not (checkpoint is not None and os.path.exists(checkpoint))
-    race_steps = None if max_steps is None else int(RACE_SHARE * max_steps)
-    race_seconds = None if max_seconds is None else RACE_SHARE * max_seconds
-    given = copy.deepcopy(flow.state_dict())
-    best, values = given, dict[str, float]()
-    raced: list[History] = []
-    for start in starts:
-        flow.load_state_dict(given)
-        with own_randomness(seed):
-            start(flow, table.y, table.context)
-        if race and race_steps != 0:
-            raced.append(run(race_steps, race_seconds, progress=False))
-        values[start.name] = _mean_loss(flow, checked)
-        if values[start.name] <= min(values.values()):
-            best = copy.deepcopy(flow.state_dict())
-        if raced and raced[-1].stopped == "interrupted":
-            break
-    flow.load_state_dict(best)
-
-    name = min(values, key=lambda key: values[key])
-    if raced and raced[-1].stopped == "interrupted":
-        return DensityFit(flow, raced[-1], _mean_loss(flow, held_out), start=name, starts=values)
-    count_raced = len(starts) if len(starts) > 1 else 0
-    history = run(
-        None if max_steps is None or race_steps is None else max_steps - count_raced * race_steps,
-        None if max_seconds is None else max(max_seconds - (clock() - started), 1e-3),
-        patience=patience,
-        raise_decay=weight_decay is None,
-        progress=progress,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        settings={
-            "rows": n,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "weight_decay": decay,
-        },
-    )
-    fit = DensityFit(flow, history, _mean_loss(flow, held_out), start=name, starts=values)
-    if rivals is not None:
-        fit.baselines = rivals.losses(held_out)
-        if not fit.baselines["Gaussian mixture"] >= fit.validation - MIXTURE_MARGIN:
-            rivals.move_into(flow)
-            fit.start, fit.validation = "Gaussian mixture", fit.baselines["Gaussian mixture"]
-    return fit
+        _Work(result, table, held_out, units, budget, options).run(starts, baselines)
+    except KeyboardInterrupt:
+        result.history.stopped = "interrupted"
+    return result
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Rows and their contexts."""
+class _Options:
+    """The arguments of a fit that every run of the loop needs."""
 
-    y: Tensor
-    context: Tensor | None
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    raise_decay: bool
+    patience: float | None
+    check_every: int
+    seed: int | None
+    progress: bool
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    compile: bool
 
-    def first(self, count: int) -> _Table:
-        return _Table(self.y[:count], None if self.context is None else self.context[:count])
 
-    def take(self, rows: Tensor) -> _Table:
-        return _Table(self.y[rows], None if self.context is None else self.context[rows])
+class _State:
+    """All that a start or a run may change in a flow: its tensors, its units and its base."""
 
-    def pieces(self) -> Iterator[_Table]:
-        for rows in torch.arange(len(self.y), device=self.y.device).split(ROWS_AT_ONCE):
-            yield self.take(rows)
+    def __init__(self, flow: Flow) -> None:
+        self.base = flow.base
+        self.tensors = {name: t.detach().clone() for name, t in flow.state_dict().items()}
+
+    def put_back(self, flow: Flow) -> None:
+        flow.base = self.base
+        flow.load_state_dict(self.tensors)
 
 
-class _Rivals:
-    """Plain densities beside the flow: a mixture in its whitened coordinates, and a copula."""
+Units = tuple[FixedAffine | None, FixedAffine | None]
+
+
+class _Work:
+    """A fit under way. What ``best`` and ``result`` hold is good at any moment."""
 
     def __init__(
         self,
-        flow: Flow,
-        table: _Table,
-        checked: _Table,
-        max_seconds: float,
-        clock: Callable[[], float],
+        result: DensityFit,
+        table: Table,
+        held_out: Table,
+        units: Units,
+        budget: Budget,
+        options: _Options,
     ) -> None:
-        self.mixture = copy.deepcopy(flow)
-        Whitened()(self.mixture, table.y, table.context)
-        with torch.no_grad():
-            x, v = (
-                self.mixture.transform.inverse_and_ladj(part.y, part.context)[0]
-                for part in (table.first(MOST_ROWS), checked)
-            )
-        self.mixture.base = fit_gaussian_mixture(x, v, max_seconds=max_seconds, clock=clock)
-        self.copula = GaussianCopula(table.y)
+        self.result, self.flow, self.budget, self.options = result, result.flow, budget, options
+        self.table, self.held_out, self.units = table, held_out, units
+        self.checked = held_out.some(MOST_CHECKED_ROWS)
+        self.check_seconds = 0.0
+        self.given = self.best = _State(self.flow)
+        self.best_value = math.inf
+        self.largest_gain = 0.0
+        self.raced_steps = 0
 
-    def losses(self, table: _Table) -> dict[str, float]:
-        few = table.first(MOST_COPULA_ROWS)
-        return {
-            "Gaussian mixture": _mean_loss(self.mixture, table),
-            "Gaussian copula": -self.copula.log_prob(few.y).mean().item(),
+    def run(self, starts: Sequence[Start] | None, baselines: bool) -> None:
+        """Try the starts, train on from the best, and look at the result."""
+        flow, result, checkpoint = self.flow, self.result, self.options.checkpoint
+        resumes = checkpoint is not None and os.path.exists(checkpoint)
+        try:
+            self._time_a_check()
+            if not resumes:
+                self._try_starts(starts)
+            if baselines:
+                self._fit_baselines(may_start=starts is None and not resumes)
+            self.best.put_back(flow)
+            if checkpoint is not None and resumes:
+                self._take_up(checkpoint)
+            self._train()
+            result.validation = self.best_value
+            result.validation = self._final_loss()
+        except KeyboardInterrupt:
+            self.best.put_back(flow)
+            if math.isnan(result.validation):
+                result.validation = _mean_loss(flow, self.checked)
+            raise
+
+    def _time_a_check(self) -> None:
+        """Look at as many validation rows as a small share of the seconds allows."""
+        most, count = len(self.checked), FEWEST_ROWS
+        if self.budget.max_seconds is None:
+            return
+        while True:
+            before = self.budget.seconds
+            _mean_loss(self.flow, self.checked.first(count))
+            self.check_seconds = self.budget.seconds - before
+            if count >= most or 4 * self.check_seconds > CHECK_SHARE * self.budget.max_seconds:
+                break
+            count *= 4
+        self.checked = self.checked.first(count)
+
+    def _try_starts(self, starts: Sequence[Start] | None) -> None:
+        if starts is not None:
+            if not starts:
+                raise ValueError(
+                    "fit_density: starts is empty; (AsGiven(),) keeps the flow as it is."
+                )
+            for start in starts:
+                self._try(start, races=len(starts) > 1)
+            return
+        linear = (Standardised(), Whitened())
+        if not (
+            _has_plain_base(self.flow) and has_heavy_tails(self._seen(self.table, self.units).y)
+        ):
+            for start in linear:
+                self._try(start)
+            return
+        tails = {start.name: plain for plain in linear for start in (StudentTails(plain),)}
+        for plain in tails.values():
+            self._try(StudentTails(plain))
+        self._try(tails[self.result.start], hopeless_is_left_out=True)
+
+    def _try(
+        self,
+        start: Start,
+        races: bool = True,
+        margin: float = 0.0,
+        hopeless_is_left_out: bool = False,
+        gain: float | None = None,
+    ) -> float:
+        """Start, race if that may help, and remember the state if it is the best so far.
+
+        Returns:
+            The loss before the race.
+        """
+        result, budget = self.result, self.budget
+        if result.starts and budget.progress(0) > STARTS_SHARE:
+            return math.nan
+        self._start(start)
+        before = _mean_loss(self.flow, self.checked)
+        gain = self.largest_gain if gain is None else gain
+        if hopeless_is_left_out and not before - gain <= self.best_value:
+            return before
+        history, value = None, before
+        steps = None if budget.max_steps is None else int(RACE_SHARE * budget.max_steps)
+        seconds = None if budget.max_seconds is None else RACE_SHARE * budget.max_seconds
+        is_long = seconds is None or seconds > LEAST_RACE * self.check_seconds
+        if races and steps != 0 and is_long:
+            history = self._loop(steps, seconds, progress=False)
+            value = history.best_value if math.isfinite(history.best_value) else before
+            self.raced_steps += history.steps
+            self.largest_gain = max(self.largest_gain, before - value)
+        result.starts[start.name] = value
+        if not result.start or value < self.best_value - margin:
+            self.best, self.best_value, result.start = _State(self.flow), value, start.name
+        if history is not None and history.stopped == "interrupted":
+            result.history, result.validation = history, self.best_value
+            raise KeyboardInterrupt
+        return before
+
+    def _start(self, start: Start) -> None:
+        self.given.put_back(self.flow)
+        if not isinstance(start, AsGiven):
+            self.flow.units, self.flow.context_units = self.units
+        rows = self._seen(self.table.some(self._most_rows()), self._own_units())
+        if not isinstance(start, MixtureBase):  # far rows decide no scale
+            rows = (
+                Table(rows.y.clamp(-FARTHEST_NORMAL_ROW, FARTHEST_NORMAL_ROW), rows.context)
+                if (self.flow.units is not None)
+                else rows
+            )
+        with own_randomness(self.options.seed):
+            start(self.flow, rows.y, rows.context)
+
+    def _most_rows(self) -> int:
+        """How many rows a start may pass through the flow."""
+        budget, most = self.budget, MOST_STARTING_ROWS
+        if budget.max_steps is not None:
+            rows = 3 * budget.max_steps * self.options.batch_size  # a step is three passes
+            most = min(most, max(int(START_SHARE * rows), FEWEST_STARTING_ROWS))
+        if budget.max_seconds is not None and self.check_seconds > 0:
+            rows_a_second = len(self.checked) / self.check_seconds
+            affordable = int(START_SHARE * budget.max_seconds * rows_a_second)
+            most = min(most, max(affordable, 2 * FEWEST_ROWS))
+        return most
+
+    def _own_units(self) -> Units:
+        return self.flow.units, self.flow.context_units
+
+    @staticmethod
+    def _seen(table: Table, units: Units) -> Table:
+        """Rows and contexts as the transform of a flow with these units sees them."""
+        y, context = table.y, table.context
+        if units[0] is not None:
+            y = units[0].inverse_and_ladj(y)[0]
+        if units[1] is not None and context is not None:
+            context = units[1].inverse_and_ladj(context)[0]
+        return Table(y, context)
+
+    def _fit_baselines(self, may_start: bool) -> None:
+        """A Gaussian mixture, from which the flow may start, and a copula."""
+        flow, budget, result = self.flow, self.budget, self.result
+        if budget.progress(0) > STARTS_SHARE + 0.1:
+            return
+        self.given.put_back(flow)
+        held_out = self._seen(self.checked, self.units)
+        mixture = MixtureBase(
+            (held_out.y, held_out.context), budget.part(MIXTURE_SHARE), self._mixture_work()
+        )
+        if may_start and _has_plain_base(flow):
+            loss = self._try(mixture, margin=MIXTURE_MARGIN, hopeless_is_left_out=True, gain=0.0)
+        else:
+            self._start(mixture)
+            loss = _mean_loss(flow, self.checked)
+        if not math.isnan(loss):
+            result.baselines[mixture.name] = loss
+        copula_budget = budget.part(MIXTURE_SHARE / 2)
+        copula = GaussianCopula(self._seen(self.table, self.units).y)
+        loss = -copula.log_prob(held_out.y[:MOST_COPULA_ROWS], copula_budget).mean().item()
+        result.baselines["Gaussian copula"] = loss + _log_scales(self.units[0])
+
+    def _mixture_work(self) -> float:
+        """Products that EM may take where no seconds bound it: a share of those of the steps."""
+        if self.budget.max_steps is None:
+            return math.inf
+        weights = sum(p.numel() for p in self.flow.parameters())
+        work = 3 * self.budget.max_steps * self.options.batch_size * weights
+        return max(MIXTURE_WORK * work, LEAST_MIXTURE_WORK)
+
+    def _train(self) -> None:
+        """The main run, with what the starts have left of the budget."""
+        result, budget, options = self.result, self.budget, self.options
+        steps = budget.max_steps and max(budget.max_steps - self.raced_steps, 1)
+        seconds = None
+        if budget.max_seconds is not None:
+            final = min(self._final_seconds(), FINAL_SHARE * budget.max_seconds)
+            # a run looks at validation once before its first step, and once after its last
+            seconds = max(budget.seconds_left - final - 2 * self.check_seconds, 1e-3)
+        base = self.flow.base
+        history = self._loop(
+            steps,
+            seconds,
+            patience=options.patience,
+            raise_decay=options.raise_decay,
+            progress=options.progress,
+            checkpoint=options.checkpoint,
+            checkpoint_every=options.checkpoint_every,
+            settings={
+                "rows": len(self.table),
+                "batch_size": options.batch_size,
+                "learning_rate": options.learning_rate,
+                "weight_decay": options.weight_decay,
+                "start": result.start,
+                "base": [type(base).__name__, base.sizes()],
+                "raced_steps": self.raced_steps,
+            }
+            | ({} if options.checkpoint is None else self._marks()),
+        )
+        result.history = history
+        self.best = _State(self.flow)
+        self.best_value = min(self.best_value, history.best_value)
+
+    def _marks(self) -> dict[str, str]:
+        """What tells this data from other data."""
+        tables = {"x": self.table, "validation": self.held_out}
+        return {name: digest(table.y) for name, table in tables.items()} | {
+            f"context of {name}": digest(table.context) for name, table in tables.items()
         }
 
-    def move_into(self, flow: Flow) -> None:
-        flow.base = self.mixture.base
-        flow.load_state_dict(self.mixture.state_dict())
+    def _take_up(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Give the flow the base and the units of the fit that wrote a checkpoint."""
+        settings, tensors = load_fit(checkpoint)
+        if "base" in settings:
+            self.flow.base = self.flow.base_of_kind(*settings["base"])
+        for name, mine in zip(("units", "context_units"), self.units, strict=True):
+            setattr(self.flow, name, mine if f"{name}.loc" in tensors else None)
+        self.result.start = settings.get("start", "")
+        self.raced_steps = settings.get("raced_steps", 0)
+
+    def _loop(self, steps: int | None, seconds: float | None, **settings: Any) -> History:
+        """Train the flow as it is now for so long."""
+        flow, options = self.flow, self.options
+        seen = self._seen(self.table, self._own_units())
+        inner = Flow(flow.transform, flow.base)  # the same without units, which cost nothing so
+        log_scales = _log_scales(flow.units)
+
+        def loss(batch: tuple[Tensor, Tensor | None]) -> Tensor:
+            y, c = batch
+            return log_scales - inner(c).log_prob(y).mean()
+
+        return train(
+            flow,
+            Stage(
+                torch.compile(loss) if options.compile else loss,
+                adam(_groups(flow, options.weight_decay), options.learning_rate),
+            ),
+            batches=Minibatches((seen.y, seen.context), options.batch_size, options.seed or 0),
+            validate=lambda: _mean_loss(flow, self.checked),
+            max_steps=steps,
+            max_seconds=seconds,
+            check_every=options.check_every,
+            average=AVERAGE,
+            seed=options.seed,
+            metric="validation loss",
+            explain=_explain,
+            clock=self.budget.clock,
+            **settings,
+        )
+
+    def _final_seconds(self) -> float:
+        return self.check_seconds * min(len(self.held_out), MOST_FINAL_ROWS) / len(self.checked)
+
+    def _final_loss(self) -> float:
+        """The loss of all validation rows, or of as many as there is time for."""
+        rows = self.held_out.some(MOST_FINAL_ROWS)
+        if len(rows) == len(self.checked):
+            return _mean_loss(self.flow, rows)
+        return _mean_loss(self.flow, rows, self.budget, len(self.checked))
 
 
-def _mean_loss(flow: Flow, table: _Table) -> float:
+def _has_plain_base(flow: Flow) -> bool:
+    """Whether the base is the standard normal that a flow has if nobody asks for another."""
+    base = flow.base
+    if type(base) is not DiagonalNormal:
+        return False
+    return bool((base.loc == 0).all() and (base.scale == 1).all())
+
+
+def _log_scales(units: FixedAffine | None) -> float:
+    """What units add to a negative log density."""
+    return 0.0 if units is None else units.scale.double().log().sum().item()
+
+
+def _mean_loss(
+    flow: Flow, table: Table, budget: Budget | None = None, at_once: int = ROWS_AT_ONCE
+) -> float:
+    """The mean over the rows, or over the first of them if the budget ends before."""
+    total, count = 0.0, 0
     with torch.no_grad():
-        total = sum(flow(part.context).log_prob(part.y).sum().item() for part in table.pieces())
-    return -total / len(table.y)
+        for part in table.pieces(min(at_once, ROWS_AT_ONCE)):
+            total += flow(part.context).log_prob(part.y).sum().item()
+            count += len(part)
+            if budget is not None and budget.is_spent():
+                break
+    return -total / count
 
 
 def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
@@ -314,82 +594,58 @@ def _explain(batch: tuple[Tensor, Tensor | None]) -> str:
     return f"The farthest entry of that batch is in column {int(far.argmax())}."
 
 
-def _split(
+def _read(
     flow: Flow,
     x: Tensor,
     context: Tensor | None,
     validation: float | Tensor | tuple[Tensor, Tensor],
     seed: int | None,
-) -> tuple[_Table, _Table]:
-    """Training rows and validation rows, checked, with the dtype and device of the flow."""
-    table = _checked(flow, "x", x, context)
-    if len(table.y) < 2:
+) -> tuple[Table, Table, Units]:
+    """Training rows, validation rows and the units of the former, all checked."""
+    whole = read_table("x", flow, x, context)
+    if len(whole) < 2:
         raise ValueError(
-            f"fit_density: x has {len(table.y)} row(s), wanted at least 2 (x.shape = "
+            f"fit_density: x has {len(whole)} row(s), wanted at least 2 (x.shape = "
             f"{tuple(x.shape)}). Give more rows."
         )
-    constant = (table.y == table.y[0]).all(0).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(
-            f"fit_density: {_columns(constant, 'x')} constant, and a constant has no density. "
-            "Drop them, or add noise of the size of their rounding."
-        )
+    check_columns_vary("x", whole.y)
+    if whole.context is not None:
+        check_columns_vary("context", whole.context)
     if isinstance(validation, (Tensor, tuple)):
         pair = validation if isinstance(validation, tuple) else (validation, None)
-        held_out = _checked(flow, "validation", *pair)
-        if len(held_out.y) == 0:
+        table, held_out = whole, read_table("validation", flow, *pair)
+        if len(held_out) == 0:
             raise ValueError("fit_density: validation has no rows; give some, or a share of x.")
-        return table, held_out
+    else:
+        table, held_out = _split(whole, validation, seed)
+    of_rows = _units(table.y, whole.y)
+    of_contexts = None
+    if table.context is not None and whole.context is not None:
+        of_contexts = _units(table.context, whole.context)
+        check_nothing_far("context", whole.context, of_contexts)
+    check_nothing_far("x", whole.y, of_rows)
+    if table is whole:
+        check_nothing_far("validation", held_out.y, of_rows)
+        if of_contexts is not None and held_out.context is not None:
+            check_nothing_far("the contexts of validation", held_out.context, of_contexts)
+    warn_of_repeated_values(whole.y)
+    is_onto_reals = flow.transform.codomain is constraints.real_vector
+    return table, held_out, (of_rows if is_onto_reals else None, of_contexts)
+
+
+def _units(training: Tensor, whole: Tensor) -> FixedAffine:
+    """Of the training rows, or of all where a column is constant in the former."""
+    varies = (training != training[0]).any(0).all()
+    return units_of(training if bool(varies) else whole)
+
+
+def _split(whole: Table, validation: float, seed: int | None) -> tuple[Table, Table]:
+    """Rows to train with and rows to hold out."""
     if not 0 < validation < 1:
         raise ValueError(
             f"fit_density: validation is {validation}, wanted a share between 0 and 1, or rows."
         )
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    order = torch.randperm(len(table.y), generator=generator).to(table.y.device)
+    order = torch.randperm(len(whole), generator=generator).to(whole.y.device)
     count = min(max(round(validation * len(order)), 1), len(order) - 1)
-    return table.take(order[count:]), table.take(order[:count])
-
-
-def _checked(flow: Flow, name: str, y: Tensor, context: Tensor | None) -> _Table:
-    check_event("fit_density", name, y, flow.input_dim, 1)
-    check_context("fit_density", context, flow.context_dim)
-    if y.dim() != 2:
-        raise ValueError(
-            f"fit_density: {name} must be rows of shape (N, {flow.input_dim}), got "
-            f"{tuple(y.shape)}."
-        )
-    if context is not None and context.shape[:-1] != y.shape[:1]:
-        raise ValueError(
-            f"fit_density: {name} has {len(y)} rows, but context has shape {tuple(context.shape)}; "
-            f"wanted ({len(y)}, {flow.context_dim})."
-        )
-    for what, values in ((name, y), ("context", context)):
-        if values is not None:
-            bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
-            if bad:
-                rows = int((~values.isfinite()).any(-1).sum())
-                raise ValueError(
-                    f"fit_density: {_columns(bad, what)} not finite (NaN or inf in {rows} of "
-                    f"{len(values)} rows). Drop or fill those rows."
-                )
-    like = next(iter(flow.parameters()), y)
-    lost = _rounded_away(y, y.to(like).to(y)) if len(y) else []
-    if lost:
-        raise ValueError(
-            f"fit_density: {_columns(lost, name)} too large or too far from 0 for the digits of "
-            f"{like.dtype}, the dtype of the flow. Call flow.double(), or shift and scale the data."
-        )
-    return _Table(y.detach().to(like), None if context is None else context.detach().to(like))
-
-
-def _rounded_away(y: Tensor, cast: Tensor) -> list[int]:
-    """The columns that another dtype cannot hold."""
-    rounding, sd = (cast - y).abs().amax(0), y.std(0, correction=0)
-    lost = ~rounding.isfinite() | ((rounding > MOST_ROUNDING * sd) & (sd > 0))
-    return [int(i) for i in lost.nonzero().flatten()]
-
-
-def _columns(indices: list[int], table: str) -> str:
-    names = ", ".join(str(i) for i in indices)
-    one = len(indices) == 1
-    return f"column {names} of {table} is" if one else f"columns {names} of {table} are"
+    return whole.take(order[count:]), whole.take(order[:count])

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pyro_nf._checks import is_count
-from pyro_nf._storage import check_writable
+from pyro_nf._storage import InvalidFile, check_writable, plain, refuse_corrupt
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
+from pyro_nf.train.digest import architecture, digest
 from pyro_nf.train.randomness import own_randomness, random_state, set_random_state
 
 MOST_BAD_STEPS = 10
@@ -83,6 +84,12 @@ class History:
     skipped: list[int] = field(default_factory=list)
     overfits: list[int] = field(default_factory=list)
     stopped: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"History({self.steps} steps, best {self.best_value:.6g} at step {self.best_step}, "
+            f"{len(self.skipped)} skipped, stopped by {self.stopped or 'nothing yet'})"
+        )
 
     @property
     def steps(self) -> int:
@@ -267,7 +274,8 @@ def train(
         checkpoint: A file for the state of the fit. If it exists the fit goes on from there, and
             with ``max_steps`` ends exactly as an uninterrupted one.
         checkpoint_every: Steps between two writes of it, rounded up to a check.
-        settings: What must be the same when a fit is resumed; anything that JSON can hold.
+        settings: What must be the same when a fit is resumed; anything that JSON can hold. The
+            seed, the classes of the module, and tensors that ``batches`` holds are compared anyway.
         explain: Takes the batch whose loss was not finite and says what may be wrong with it.
         seconds_before: Seconds of ``max_seconds`` that something else took before training.
         clock: Returns the seconds that ``max_seconds`` counts.
@@ -301,13 +309,21 @@ def train(
     if checkpoint is not None:
         check_writable(checkpoint)
 
-    settings = dict(settings or {}) | {
-        "seed": seed,
+    noted: dict[str, Any] = plain(dict(settings or {}), "settings") | {
+        "seed": plain(seed, "seed"),
         "average": average,
         "raise_decay": raise_decay,
     }
+    if checkpoint is not None:
+        noted["network"] = architecture(module)
+        if isinstance(batches, (Minibatches, list, tuple)):
+            noted["batches"] = digest(
+                [batches.tensors, batches.batch_size]
+                if isinstance(batches, Minibatches)
+                else batches
+            )
     was_training = module.training
-    run = _Run(module, stages, validate, metric, average, settings, explain)
+    run = _Run(module, stages, validate, metric, average, noted, explain)
     history = run.history
     history.seconds_before = seconds_before
     bar = tqdm(total=max_steps, disable=not progress, unit="step")
@@ -571,7 +587,12 @@ class _Run:
             warnings.warn(f"train: the fit goes on without this checkpoint. {error}", stacklevel=3)
 
     def read(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint."""
         state = load_state(path, _copy(self.module), self.settings)
+        with refuse_corrupt(path):
+            self._take(state)
+
+    def _take(self, state: TrainingState) -> None:
         self.best = state.best
         _load(self.module, state.module)
         if self.average is not None:
@@ -580,10 +601,11 @@ class _Run:
             groups = stage.optimizer.state_dict()["param_groups"]
             stage.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         values = state.values
-        before = self.budget.seconds
-        self.history.__dict__.update(values["history"])
-        before += self.history.seconds[-1] if self.history.seconds else 0.0
+        history = History(**values["history"])
+        _check_history(history)
+        before = self.budget.seconds + (history.seconds[-1] if history.seconds else 0.0)
         self.budget = replace(self.budget, began=self.budget.clock() - before)
+        self.history.__dict__.update(vars(history))
         for _ in self.history.overfits:
             self._raise_decays()
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
@@ -622,6 +644,22 @@ class _Average:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(values[name])
+
+
+def _check_history(history: History) -> None:
+    """Raise unless a history that was read can be one."""
+    steps = len(history.losses)
+    numbers = (history.losses, history.learning_rates, history.seconds, history.checked_values)
+    counts = (history.checked_steps, history.skipped, history.overfits, [history.best_step])
+    good = (
+        len(history.learning_rates) == len(history.seconds) == steps
+        and len(history.checked_steps) == len(history.checked_values)
+        and all(isinstance(x, (int, float)) for xs in numbers for x in xs)
+        and all(isinstance(i, int) and 0 <= i <= steps for xs in counts for i in xs)
+        and isinstance(history.best_value, (int, float))
+    )
+    if not good:
+        raise InvalidFile("train: the history of the checkpoint is none. Use another copy of it.")
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
-from pyro_nf.flows.base import DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.student import StudentT
+from pyro_nf.train.baselines import fit_gaussian_mixture
+from pyro_nf.train.budget import Budget
 
 FARTHEST_NORMAL_ROW = 10.0
-"""A table with an entry farther from its column's mean, in standard deviations, has heavy tails."""
+"""A table with an entry farther out, in units of its column, has heavy tails."""
 
 
 class Start(ABC):
@@ -21,12 +24,13 @@ class Start(ABC):
 
     @abstractmethod
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
-        """Change the flow in place.
+        """Change the flow in place: its transform, or its base.
 
         Args:
             flow: The flow.
-            y: Training rows, shape ``(N, D)``.
-            context: Their contexts, shape ``(N, C)``, or None.
+            y: Training rows as ``flow.transform`` sees them: in units of the columns if the flow
+                has units. Shape ``(N, D)``.
+            context: Their contexts likewise, shape ``(N, C)``, or None.
         """
 
 
@@ -84,24 +88,83 @@ class Whitened(Start):
         flow.transform.start_from_data(y, context, whiten=True)
 
 
-def start_tails(flow: Flow, y: Tensor) -> None:
-    """Give the flow a Student t base if the data have heavy tails and its base is a fixed normal.
+class StudentTails(Start):
+    """Another start, then a Student t base with learnable tails in place of the flow's base.
 
     Under a normal base a single row at 100 standard deviations costs 5,000 nats.
 
+    *Tails of Lipschitz Triangular Flows* (Jaini, Kobyzev, Yu, Brubaker, 2020).
+
     Args:
-        flow: The flow.
-        y: Training rows, shape ``(N, D)``.
+        start: What sets the layers.
 
     Example:
         >>> import torch
         >>> from pyro_nf.flows.recipes import nsf
-        >>> flow = nsf(1)
-        >>> start_tails(flow, torch.distributions.Cauchy(0.0, 1.0).sample((500, 1)))
-        >>> type(flow.base).__name__
-        'StudentT'
+        >>> flow, start = nsf(1), StudentTails(Whitened())
+        >>> start(flow, torch.distributions.Cauchy(0.0, 1.0).sample((500, 1)), None)
+        >>> start.name, type(flow.base).__name__
+        ('whitened, Student t', 'StudentT')
     """
-    sd = y.std(0, correction=0)
-    far = ((y - y.mean(0)).abs() > FARTHEST_NORMAL_ROW * sd) & (sd > 0)
-    if bool(far.any()) and type(flow.base) is DiagonalNormal:
-        flow.base = StudentT(flow.base.input_dim).to(y)
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.name = f"{start.name}, Student t"
+
+    def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
+        """Set the layers, then exchange the base."""
+        self.start(flow, y, context)
+        flow.base = StudentT(flow.input_dim).to(y)
+
+
+class MixtureBase(Start):
+    """Whitened, then a Gaussian mixture, found by EM on the base side, in place of the flow's base.
+
+    Such a flow can have separate clusters. It samples, but its draws carry no gradient.
+
+    Args:
+        held_out: Rows and contexts that choose the number of components; by default the last tenth
+            of the rows.
+        budget: Seconds that EM may take.
+        most_work: Products that EM may take in all.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.flows.recipes import realnvp
+        >>> flow = realnvp(1)
+        >>> y = 0.1 * torch.randn(100, 2) + torch.tensor([-1.0, 1.0])  # two clusters
+        >>> MixtureBase()(flow, y.reshape(200, 1), None)
+        >>> type(flow.base).__name__
+        'GaussianMixture'
+    """
+
+    name = "Gaussian mixture"
+
+    def __init__(
+        self,
+        held_out: tuple[Tensor, Tensor | None] | None = None,
+        budget: Budget | None = None,
+        most_work: float = math.inf,
+    ) -> None:
+        self.held_out, self.budget, self.most_work = held_out, budget, most_work
+
+    def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
+        """Whiten, then fit the mixture to what the base side sees."""
+        Whitened()(flow, y, context)
+        last = len(y) - max(len(y) // 10, 1)
+        held_out = self.held_out
+        if held_out is None:
+            held_out = y[last:], None if context is None else context[last:]
+            y, context = y[:last], None if context is None else context[:last]
+        with torch.no_grad():
+            x, v = (flow.transform.inverse_and_ladj(*rows)[0] for rows in ((y, context), held_out))
+        flow.base = fit_gaussian_mixture(x, v, budget=self.budget, most_work=self.most_work)
+
+
+def has_heavy_tails(y: Tensor) -> bool:
+    """Whether an entry of standardised rows is farther out than a normal's ever is.
+
+    Args:
+        y: Rows in units of their columns, shape ``(N, D)``.
+    """
+    return bool((y.abs() > FARTHEST_NORMAL_ROW).any())

@@ -442,7 +442,7 @@ def test_flat_priors_take_the_dtype_of_the_data(loud: bool) -> None:
 
     def model() -> None:
         beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
-        loc = x @ beta if loud else x[0] * beta  # a product of matrices refuses to mix dtypes
+        loc = x @ beta if loud else x.sum(0) * beta  # a product of matrices refuses to mix dtypes
         pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=x[0])
 
     guide = check_guide(lambda: AutoFlow(model, small), model)
@@ -649,3 +649,19 @@ def test_the_elbo_never_exceeds_a_known_evidence(recipe: str) -> None:
     # Pyro's own estimate of the same guide agrees
     loss = Trace_ELBO(4000, vectorize_particles=True, max_plate_nesting=0).loss(model, guide)
     assert math.isclose(-loss, posterior.elbo, abs_tol=0.05)
+
+
+def test_3_a_flow_that_was_fitted_to_data_keeps_its_units() -> None:
+    fitted = flows.gaussian(2)
+    fitted.units = transforms.FixedAffine(torch.tensor([50.0, -3.0]), torch.tensor([10.0, 0.1]))
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoFlow(model, flow=lambda _: fitted, init_scale=1.0).setup()
+    z = torch.randn(5, 2)
+    z_draws = guide.get_posterior().sample((20_000,))
+    torch.testing.assert_close(z_draws.std(0), fitted.units.scale, rtol=0.05, atol=0)
+    loc = guide.coordinates.loc + fitted.units.loc
+    exact = dist.Normal(loc, fitted.units.scale).to_event(1).log_prob(z)
+    torch.testing.assert_close(guide.log_prob({"z": z}), exact, rtol=1e-4, atol=0)

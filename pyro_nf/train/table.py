@@ -1,0 +1,265 @@
+"""The rows of a density fit: checked, split, and the units in which they are seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_nf._checks import check_context, check_event
+from pyro_nf.flows.flow import Flow
+from pyro_nf.transforms.affine import FixedAffine
+
+MOST_ROUNDING = 0.05
+"""Share of a column's spread that the dtype of the flow may round away."""
+
+FAR = 100.0
+"""Rows farther from the median, in spreads, count as if they lay there: they set no scale."""
+
+FARTHEST = 1e7
+"""A row farther than this, in units of its column, leaves nothing that a flow could learn from."""
+
+LEAST_SCALE = 1 / 3
+"""Share of its spread that a column's unit is at least: in a column that mostly repeats one value
+the standard deviation is far smaller than the distance of the others."""
+
+SPIKE_SHARE = 0.01
+"""A value that so many of the rows share is worth a peak of its own."""
+
+REPEATED_SHARE = 0.05
+"""So are values that each repeat often and together make up this share of the rows."""
+
+OFTEN = 1 / 500
+FEWEST_REPEATS = 5
+MOST_COUNTED_ROWS = 20_000
+ROWS_AT_ONCE = 4_096
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and their contexts.
+
+    Args:
+        y: Shape ``(N, D)``.
+        context: Shape ``(N, C)``, or None.
+    """
+
+    y: Tensor
+    context: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def first(self, count: int) -> Table:
+        """The first rows."""
+        return Table(self.y[:count], None if self.context is None else self.context[:count])
+
+    def take(self, rows: Tensor) -> Table:
+        """The rows with these numbers."""
+        return Table(self.y[rows], None if self.context is None else self.context[rows])
+
+    def some(self, most: int) -> Table:
+        """At most so many rows, from everywhere in the table and in random order."""
+        if len(self) <= most:
+            return self
+        generator = torch.Generator().manual_seed(0)
+        return self.take(torch.randperm(len(self), generator=generator)[:most].to(self.y.device))
+
+    def pieces(self, count: int = ROWS_AT_ONCE) -> Iterator[Table]:
+        """The rows in their order, so many at once."""
+        for rows in torch.arange(len(self), device=self.y.device).split(count):
+            yield self.take(rows)
+
+
+def units_of(values: Tensor) -> FixedAffine:
+    r"""The map :math:`y = m + s y'` after which each column of :math:`y'` has about the unit scale.
+
+    :math:`m` and :math:`s` are mean and standard deviation of the rows, of which those farther than
+    100 spreads from the median count as if they lay there. The spread is the distance from the
+    median that nine rows in ten keep, as a multiple of a normal's. All is computed in float64 and
+    in spreads, so that no square overflows.
+
+    Args:
+        values: Shape ``(N, D)``, with no constant column.
+
+    Example:
+        >>> units = units_of(torch.tensor([[1e30], [3e30]]))
+        >>> [float(f"{value:.3g}") for value in (units.loc.item(), units.scale.item())]
+        [2e+30, 1e+30]
+    """
+    y = values.double()
+    median, spread = _median_and_spread(values)
+    z = ((y - median) / spread).clamp(-FAR, FAR)
+    scale = z.std(0, correction=0).clamp_min(LEAST_SCALE)
+    return FixedAffine((median + spread * z.mean(0)).to(values), (spread * scale).to(values))
+
+
+def _median_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The median of each column and the distance from it that nine in ten keep.
+
+    Where more than nine in ten are equal, the spread is that of the others. A random part of a
+    long table tells enough.
+    """
+    few = Table(values, None).some(MOST_COUNTED_ROWS).y
+    if not bool((few != few[0]).any(0).all()):
+        few = values
+    y = few.double()
+    median = y.median(0).values
+    spreads = []
+    for distance in (y - median).abs().T:
+        ninth = _nine_in_ten(distance)
+        spreads.append(ninth if ninth > 0 else _nine_in_ten(distance[distance > 0]))
+    return median, torch.stack(spreads) / 1.645  # nine in ten draws of N(0, 1) are within
+
+
+def _nine_in_ten(distance: Tensor) -> Tensor:
+    """By the lower of two neighbours, so that a single far row never counts; 1 of no distance."""
+    if len(distance) == 0:
+        return distance.new_ones(())
+    return distance.kthvalue(int(0.9 * (len(distance) - 1)) + 1).values
+
+
+def read_table(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> Table:
+    """Rows and contexts with the dtype and device of the flow, checked each by itself.
+
+    Args:
+        name: What the rows are called in messages.
+        flow: The flow that they are for.
+        y: Rows.
+        context: Their contexts, or None.
+
+    Raises:
+        TypeError: If they are not floating tensors.
+        ValueError: If a shape is wrong, or a column is not finite or loses its digits.
+    """
+    check_event("fit_density", name, y, flow.input_dim, 1)
+    check_context("fit_density", context, flow.context_dim)
+    if y.dim() != 2:
+        raise ValueError(
+            f"fit_density: {name} must be rows of shape (N, {flow.input_dim}), got "
+            f"{tuple(y.shape)}."
+        )
+    if context is not None and context.shape[:-1] != y.shape[:1]:
+        raise ValueError(
+            f"fit_density: {name} has {len(y)} rows, but context has shape {tuple(context.shape)}; "
+            f"wanted ({len(y)}, {flow.context_dim})."
+        )
+    y = _in_dtype_of(flow, name, y)
+    what = "context" if name == "x" else f"the contexts of {name}"
+    return Table(y, None if context is None else _in_dtype_of(flow, what, context))
+
+
+def _in_dtype_of(flow: Flow, name: str, values: Tensor) -> Tensor:
+    values = values.detach()
+    bad = ~values.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            f"fit_density: {_columns(bad.any(0), name)} not finite (NaN or inf in "
+            f"{int(bad.any(-1).sum())} of {len(values)} rows). Drop or fill those rows."
+        )
+    like = next(flow.parameters(), values)
+    cast = values.to(like)
+    if len(values):
+        lost = _rounded_away(values, cast)
+        if bool(lost.any()):
+            raise ValueError(
+                f"fit_density: {_columns(lost, name)} too large, too small or too far from 0 for "
+                f"the digits of {like.dtype}, the dtype of the flow. Call flow.double(), or shift "
+                "and scale the data."
+            )
+    return cast
+
+
+def _rounded_away(values: Tensor, cast: Tensor) -> Tensor:
+    """Which columns another dtype cannot hold."""
+    y = values.double()
+    median, spread = _median_and_spread(values)
+    far = ((y - median) / spread).abs() > FARTHEST  # such a row is named for that
+    rounding = (cast.to(y) - y).abs().where(~far | cast.isinf(), 0.0).amax(0)
+    varies = (values != values[0]).any(0)
+    smallest = torch.finfo(cast.dtype).tiny / torch.finfo(cast.dtype).eps
+    lost = (rounding > MOST_ROUNDING * spread) | (spread * 1.645 < smallest)
+    return ~rounding.isfinite() | (lost & varies)
+
+
+def check_columns_vary(name: str, values: Tensor) -> None:
+    """Raises if a column is constant.
+
+    Args:
+        name: What the rows are called in the message.
+        values: Shape ``(N, D)``.
+    """
+    constant = (values == values[0]).all(0)
+    if bool(constant.any()):
+        of_rows = (
+            "a constant has no density. Drop them, or add noise of the size of their rounding."
+        )
+        of_contexts = "a constant tells nothing. Drop them, and lower context_dim."
+        raise ValueError(
+            f"fit_density: {_columns(constant, name)} constant, and "
+            f"{of_rows if name == 'x' else of_contexts}"
+        )
+
+
+def check_nothing_far(name: str, values: Tensor, units: FixedAffine) -> None:
+    """Raises if an entry is so far out that the others vanish beside it, and names the farthest.
+
+    Args:
+        name: What the rows are called in the message.
+        values: Shape ``(N, D)``.
+        units: Units of the columns.
+    """
+    distance = ((values.double() - units.loc.double()) / units.scale.double()).abs()
+    far = distance > FARTHEST
+    if bool(far.any()):
+        row, column = divmod(int(distance.argmax()), distance.shape[1])
+        raise ValueError(
+            f"fit_density: row {row} of {name} is {values[row, column].item():.4g} in column "
+            f"{column}, {distance[row, column].item():.1g} times the spread of that column from "
+            f"the others ({int(far.any(-1).sum())} such row(s) in all). Drop or correct the row, "
+            "or take the logarithm of the column."
+        )
+
+
+def warn_of_repeated_values(y: Tensor) -> None:
+    """Warns once of all columns in which values repeat so often that narrow peaks are rewarded.
+
+    Args:
+        y: Rows, shape ``(N, D)``.
+    """
+    notes = []
+    for i, column in enumerate(Table(y, None).some(MOST_COUNTED_ROWS).y.T):
+        value, count = column.unique(return_counts=True)
+        most, where = count.max(0)
+        often = count >= max(FEWEST_REPEATS, OFTEN * len(column))
+        share = (count * often).sum().item() / len(column)
+        is_spike = most >= max(FEWEST_REPEATS, SPIKE_SHARE * len(column))
+        if is_spike or share >= REPEATED_SHARE:
+            notes.append(
+                f"{i} ({len(value)} distinct values, {value[where].item():g} in "
+                f"{100 * most.item() / len(column):.2g} % of the rows)"
+            )
+    if notes:
+        what, verb = ("column", "repeats") if len(notes) == 1 else ("columns", "repeat")
+        shown = ", ".join(notes[:_MOST_NAMED])
+        more = f", and {len(notes) - _MOST_NAMED} more" if len(notes) > _MOST_NAMED else ""
+        warnings.warn(
+            f"fit_density: {what} {shown}{more} of x {verb} values. Such a column has no density: "
+            "the loss falls without bound as peaks form on those values, says little, and draws "
+            "fall on the peaks. Add noise of the size of the rounding, for example "
+            "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
+            stacklevel=4,
+        )
+
+
+def _columns(which: Tensor, table: str) -> str:
+    indices = [int(i) for i in which.nonzero().flatten()]
+    names = ", ".join(str(i) for i in indices)
+    one = len(indices) == 1
+    return f"column {names} of {table} is" if one else f"columns {names} of {table} are"
+
+
+_MOST_NAMED = 8
