@@ -23,3 +23,7 @@ __all__ = [
     "transforms",
     "univariate",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]

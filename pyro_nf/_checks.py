@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_dims(owner: str, input_dim: int | None, context_dim: int) -> None:
@@ -26,9 +26,14 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of numpy's for example, but no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_positive(owner: str, name: str, value: float) -> None:
     """Raises unless ``value`` is a positive finite number."""
-    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if not is_number(value) or not 0 < value < float("inf"):
         raise ValueError(f"{owner}: {name} must be a positive number, got {value!r}.")
 
 
@@ -84,6 +89,35 @@ def check_context(owner: str, context: Tensor | None, context_dim: int) -> None:
             f"{owner}: context has shape {tuple(context.shape)}, but its last dimension must be "
             f"context_dim = {context_dim}."
         )
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a module computes in: that of its first floating parameter or buffer, if any.
+
+    It is asked for at every call, so it stops at the first one.
+    """
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor.dtype
+    for child in module._modules.values():
+        if child is not None and (dtype := floating_dtype(child)) is not None:
+            return dtype
+    return None
+
+
+def check_dtype(owner: str, name: str, value: Tensor, dtype: torch.dtype | None) -> None:
+    """Raises unless ``value`` has the dtype that a module computes in; None stands for any.
+
+    Torch would raise from the inside, or go on in one of the two, by the kind of the module. Under
+    ``torch.autocast`` mixing is what the user asked for.
+    """
+    if dtype is None or value.dtype is dtype or torch.is_autocast_enabled(value.device.type):
+        return
+    raise TypeError(
+        f"{owner}: {name} has dtype {value.dtype}, wanted {dtype}, the dtype of its parameters "
+        f"and buffers. Call {name}.to({dtype}), or .to({value.dtype}) on the module."
+    )
 
 
 def joint_batch_shape(

@@ -24,8 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["loss_curve", "pair_plot", "plot_density", "weights_plot"]
 
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]
+
+
 MOST_ENTRIES = 6
 """A pair plot with more entries than this cannot be read."""
+
+_ALIKE = 0.25
+"""Axes with less than this ratio of lengths have units of their own."""
 
 MOST_POINTS = 4000
 """A cloud of more points than this shows nothing more."""
@@ -110,7 +118,8 @@ def plot_density(
         seed: Seed of the samples; the global generator is left as it was.
 
     Returns:
-        In one dimension the density over a histogram; in two the data, samples and density.
+        In one dimension the density over a histogram; in two the data, samples and density, with
+        the same unit on both axes where their ranges are alike, and a colour bar.
 
     Raises:
         ValueError: If the flow has more than two coordinates.
@@ -181,21 +190,40 @@ def _density_of_two(
             color = ORANGE if name == "Data" else BLUE
             panel.scatter(rows[:, 0], rows[:, 1], 5, color, alpha=_alpha(len(rows)), linewidths=0)
             panel.set_title(name)
-        panels[-1].imshow(
+        darkest = _darkest(density)
+        shades = panels[-1].imshow(
             density.numpy(),
             origin="lower",
             extent=(left, right, bottom, top),
             aspect="auto",
             cmap=_shades(),
+            vmin=0.0,
+            vmax=float(darkest),
             interpolation="bilinear",
         )
         panels[-1].set_title("Density")
+        beside = panels[-1].inset_axes((1.04, 0.0, 0.05, 1.0))  # as high as the panel
+        extend = "max" if darkest < density.max() else "neither"
+        figure.colorbar(shades, cax=beside, label="$q(y)$", extend=extend)
         for panel in panels:
             panel.set(xlim=(left, right), ylim=(bottom, top), xlabel="$y_1$")
+            if _ALIKE < (top - bottom) / (right - left) < 1 / _ALIKE:
+                panel.set_aspect("equal")  # a circle is round, unless nothing were left to see
         first.set_ylabel("$y_2$")
         for panel in others:
             panel.tick_params(labelleft=False)
     return figure
+
+
+def _darkest(density: Tensor) -> Tensor:
+    """The density that is drawn darkest: the highest, unless a narrow peak hides all the rest."""
+    ordered = density.flatten().sort(descending=True).values
+    share = ordered.cumsum(0) / ordered.sum().clamp_min(torch.finfo(ordered.dtype).tiny)
+    level = ordered[int((share < _PEAK).sum().clamp_max(len(ordered) - 1))]
+    return level if 0 < level < 0.5 * ordered[0] else ordered[0]
+
+
+_PEAK = 0.1  # the share of all that a peak holds, if it is cut off
 
 
 def pair_plot(

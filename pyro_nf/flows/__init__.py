@@ -23,3 +23,7 @@ __all__ = [
     "planar",
     "realnvp",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

@@ -35,6 +35,10 @@ class Base(nn.Module, ABC):
         """The arguments of the constructor that decide the shapes of parameters and buffers."""
         return {"input_dim": self.input_dim}
 
+    def extra_repr(self) -> str:
+        """What is shown in the parentheses."""
+        return ", ".join(f"{name}={size}" for name, size in self.sizes().items())
+
     @abstractmethod
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         """Returns a fresh distribution with this batch shape."""

@@ -10,7 +10,16 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_nf._checks import check_dtype, floating_dtype
 from pyro_nf.transforms.base import FlowTransform
+
+MOST_NUMBERS, FEWEST_ROWS = 1_000_000, 16
+"""A draw is remembered if the flow has at most so many numbers, or the draw at least so many rows.
+
+To remember is to copy and to compare every parameter, 2 to 15 ns a number; a density is a pass,
+about 0.5 ns a number and row. Below a million numbers both cost mostly the calls, and a pass has
+more of them.
+"""
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -19,9 +28,9 @@ class FlowDistribution(dist.TransformedDistribution):
     .. math:: \log q(y) = \log p_0(T^{-1}(y)) + \log|\det \partial T^{-1} / \partial y|
 
     A density costs one pass in the inverse direction. The density of the last ``rsample`` costs
-    nothing: it was computed in the same pass, and waits here until it is asked for once. It is
-    handed out only for the very same tensor, unchanged, in the same grad mode, with all parameters
-    as they were; backward empties it, and it is never copied or pickled.
+    nothing where sampling is fast: it was computed in the same pass, and waits here until it is
+    asked for once. It is handed out only for the very same tensor, unchanged, in the same grad
+    mode, with all parameters as they were; backward empties it, and it is never copied or pickled.
 
     Args:
         base_dist: The base, with the event of the transform's domain and the whole batch shape.
@@ -79,11 +88,21 @@ class FlowDistribution(dist.TransformedDistribution):
         return y, self.base_dist.log_prob(x) - ladj
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws with gradients to all parameters; their density is then free once."""
+        """Draws with gradients to all parameters; their density may then be free once."""
         y, log_prob = self.rsample_and_log_prob(sample_shape)
         if not (torch.compiler.is_compiling() or _is_inside_transform(y)):
-            self._last = _LastSample(y, log_prob, self._state())
+            self._remember(y, log_prob)
         return y
+
+    def _remember(self, y: Tensor, log_prob: Tensor) -> None:
+        """Keeps the density if to keep it costs less than the pass that it saves."""
+        self._last = None
+        if self.transform.fast == "inverse":
+            return  # the density is the fast direction
+        tensors = self._tensors()
+        count = sum(t.numel() for t in tensors)
+        if count <= MOST_NUMBERS or log_prob.numel() >= FEWEST_ROWS:
+            self._last = _LastSample(y, log_prob, _joined(tensors))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradients."""
@@ -95,23 +114,34 @@ class FlowDistribution(dist.TransformedDistribution):
 
         Raises:
             ValueError: If the last dimension is wrong, or (with validation) outside the support.
+            TypeError: If ``value`` is no floating tensor of the dtype of the flow.
         """
         last, self._last = self._last, None
-        if last is not None and last.is_of(value) and torch.equal(last.state, self._state()):
+        if (
+            last is not None
+            and last.is_of(value)
+            and torch.equal(last.state, _joined(self._tensors()))
+        ):
             return last.log_prob
         if self._validate_args and self.transform.codomain is not dist.constraints.real_vector:
             self._validate_sample(value)
         x, ladj = self.transform.inverse_and_ladj(value)
+        # a transform without parameters takes any dtype, its base does not
+        check_dtype("log_prob", "value", value, floating_dtype(self._owner))
         return _zero_if_too_far(self.base_dist.log_prob(x) + ladj, value)
 
-    def _state(self) -> Tensor:
-        """Every number that the density depends on: version counters miss fused optimisers."""
+    def _tensors(self) -> list[Tensor]:
+        """All that the density depends on."""
         modules = (self.transform, self._owner)
-        tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
-        return torch.cat([t.detach().reshape(-1) for t in tensors.values()] or [torch.empty(0)])
+        return list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Every number of them: version counters miss what fused optimisers change."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors] or [torch.empty(0)])
 
 
 def _is_inside_transform(tensor: Tensor) -> bool:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_context
-from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
+from pyro_nf._checks import check_context, check_count
+from pyro_nf._storage import (
+    Bounded,
+    InvalidFile,
+    check_same_dtype,
+    check_same_tensors,
+    load_tensors,
+    plain,
+    save_tensors,
+)
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.student import StudentT
 from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.affine import FixedAffine
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import Chain, FlowTransform, indented
 
 P = ParamSpec("P")
 
@@ -32,14 +41,28 @@ _NOT_BUILT = ("base.", "units.", "context_units.")  # what the arguments of a fl
 
 
 def recipe(function: Callable[P, Flow]) -> Callable[P, Flow]:
-    """Makes the flows of a function remember how they were built, so that ``Flow.load`` can too."""
+    """Makes the flows of a function remember how they were built, so that ``Flow.load`` can too.
+
+    The arguments are remembered as JSON gives them back; the integers among them are sizes. A flow
+    whose arguments JSON cannot hold, a class of activations for example, remembers nothing: it can
+    be saved, and ``Flow.load(path, into=flow)`` reads it.
+    """
+    signature = inspect.signature(function)
+    by_name = all(
+        parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+    )
 
     @wraps(function)
     def build(*args: P.args, **kwargs: P.kwargs) -> Flow:
         flow = function(*args, **kwargs)
-        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        flow.recipe = (function.__name__, dict(bound.arguments))
+        try:
+            arguments = plain(dict(bound.arguments))
+        except TypeError:
+            return flow
+        flow.recipe = (function.__name__, arguments) if by_name else None
         return flow
 
     _RECIPES[function.__name__] = build
@@ -173,22 +196,73 @@ class Flow(nn.Module):
             loc = state_dict.get(f"{prefix}{name}.loc")
             like = next(self.parameters(), loc)
             setattr(self, name, None if loc is None else _unit_scale(loc.to(like)))
+        # torch would convert the numbers of another dtype without a word
+        for name, mine in self.state_dict().items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor):
+                check_same_dtype("load_state_dict", prefix + name, given, mine)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log density of ``x``; short for ``flow(context).log_prob(x)``.
+
+        Args:
+            x: Shape ``(..., D)``.
+            context: Shape ``(..., context_dim)``, whose batch broadcasts against that of ``x``.
+
+        Returns:
+            Shape ``(...)``.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If ``x`` is no floating tensor of the dtype of the flow.
+
+        Example:
+            >>> import torch
+            >>> from pyro_nf.flows.recipes import realnvp
+            >>> round(realnvp(2).log_prob(torch.zeros(2)).item(), 3)  # -log(2 pi)
+            -1.838
+        """
+        return self(context).log_prob(x)
+
+    def sample(
+        self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None
+    ) -> Tensor:
+        """Draws without gradients; short for ``flow(context).sample(sample_shape)``.
+
+        Args:
+            sample_shape: How many draws for each context, or their shape.
+            context: Shape ``(..., context_dim)``.
+
+        Returns:
+            Shape ``sample_shape + (..., D)``.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+
+        Example:
+            >>> from pyro_nf.flows.recipes import realnvp
+            >>> realnvp(2).sample(5).shape, realnvp(2).sample((3, 4)).shape
+            (torch.Size([5, 2]), torch.Size([3, 4, 2]))
+        """
+        shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
+        for count in cast("Sequence[int]", shape):
+            check_count("Flow.sample", "sample_shape", count, at_least=0)
+        return self(context).sample(Size(cast("Sequence[int]", shape)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all parameters and buffers, and how to build the flow, to one safetensors file.
 
         Args:
-            path: The file; an existing one is replaced, all or nothing.
+            path: The file; an existing one is replaced, all or nothing, and keeps its mode.
 
         Raises:
             OSError: If the file cannot be written.
         """
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in self.parameters()}
+        known = _BASES.get(type(self.base).__name__) is type(self.base)
         header = {
             "recipe": self.recipe,
-            "base": (type(self.base).__name__, self.base.sizes()),
-            "dtype": dtypes.pop() if len(dtypes) == 1 else None,
+            "base": (type(self.base).__name__ if known else None, self.base.sizes()),
         }
         save_tensors(path, "flow", self.state_dict(), header)
 
@@ -198,15 +272,20 @@ class Flow(nn.Module):
 
         Args:
             path: The file.
-            into: A flow of the same architecture to fill, needed if the saved one was not built by
-                a recipe of :mod:`pyro_nf.flows`. It is left alone if the file does not fit.
+            into: A flow of the same architecture and dtype to fill, needed if the saved one was not
+                built by a recipe of :mod:`pyro_nf.flows`. It is left alone if the file does not
+                fit.
 
         Returns:
-            The flow: a new one, or ``into``.
+            The flow, with the dtypes of the file: a new one, or ``into``.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is corrupt, too new, or of another architecture.
+            ValueError: If the file is corrupt in any way, too new, or of another architecture, or
+                asks for more than it holds. Nothing in a file is executed, and no more memory is
+                taken than a small multiple of its size.
+            TypeError: If ``into`` has another floating dtype than the file: numbers would be
+                rounded, or seem more exact than they are.
 
         Example:
             >>> import pathlib, tempfile, torch
@@ -215,40 +294,91 @@ class Flow(nn.Module):
             >>> flow = realnvp(2)
             >>> flow.save(path)
             >>> y = torch.zeros(2)
-            >>> bool(Flow.load(path)().log_prob(y) == flow().log_prob(y))
+            >>> bool(Flow.load(path).log_prob(y) == flow.log_prob(y))
             True
         """
-        tensors, header = load_tensors(path, "flow")
-        base, sizes = header["base"]
-        if into is None:
-            name, arguments = header.get("recipe") or (None, {})
-            if name not in _RECIPES:
-                raise ValueError(
-                    f"Flow.load: {str(path)!r} holds a flow that no recipe built, got recipe "
-                    f"{name!r}; build the same flow and pass it as Flow.load(path, into=flow)."
-                )
-            into = _RECIPES[name](**arguments)
-            if header["dtype"] is not None:
-                into = into.to(getattr(torch, header["dtype"]))
-        new_base = into.base_of_kind(base, sizes)  # a fit may have exchanged it
-        wanted = {n: t for n, t in into.state_dict().items() if not n.startswith(_NOT_BUILT)}
-        wanted |= {f"base.{n}": t for n, t in new_base.state_dict().items()}
-        wanted |= into._units_like(tensors)
-        check_same_tensors("Flow.load", wanted, tensors, str(path))
-        into.base = new_base
-        into.load_state_dict(tensors)
-        return into
+        flow = into
 
-    def _units_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the units that a state brings, as this flow needs them."""
+        def accept(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+            nonlocal flow
+            flow = _rebuilt(path, tensors, header) if flow is None else flow
+            wanted = flow._expected(tensors, header["base"])
+            check_same_tensors("Flow.load", wanted, tensors, repr(str(path)))
+
+        tensors, _ = load_tensors(path, "flow", accept)
+        loaded = cast(Flow, flow)
+        loaded.load_state_dict(tensors)
+        return loaded
+
+    def _expected(self, tensors: Mapping[str, Tensor], base: Any) -> dict[str, Tensor]:
+        """What the tensors of a file must be like: its base and its units are followed."""
+        name, sizes = base
+        with Bounded(tensors):
+            new_base = self.base if name is None else self.base_of_kind(name, sizes)
+        like = next(self.parameters(), torch.empty(0))
         dims = {"units": self.input_dim, "context_units": self.context_dim}
-        return {
-            f"{name}.{part}": torch.empty(dims[name])
-            for name in _UNITS
-            if any(key.startswith(f"{name}.") for key in tensors)
+        wanted = {n: t for n, t in self.state_dict().items() if not n.startswith(_NOT_BUILT)}
+        wanted |= {f"base.{n}": t for n, t in new_base.state_dict().items()}
+        return wanted | {
+            f"{units}.{part}": torch.empty(dims[units], dtype=like.dtype, device="meta")
+            for units in _UNITS
+            if any(key.startswith(f"{units}.") for key in tensors)
             for part in ("loc", "scale")
         }
 
+    def __repr__(self) -> str:
+        made = self.recipe[0] if self.recipe else type(self.transform).__name__
+        count = sum(p.numel() for p in self.parameters())
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        head = f"Flow({made}, input_dim={self.input_dim}{context}, {count:,} parameters)"
+        return f"{head}\n  base: {self.base!r}\n  transform: " + indented(repr(self.transform))
+
 
 def _unit_scale(loc: Tensor) -> FixedAffine:
-    return FixedAffine(loc, torch.ones_like(loc))
+    return FixedAffine(torch.zeros(loc.shape), torch.ones(loc.shape)).to(loc)
+
+
+def _rebuilt(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> Flow:
+    """The flow of a file by its recipe, its numbers still random; within what the file holds."""
+    name, arguments = header.get("recipe") or (None, {})
+    if name not in _RECIPES:
+        raise InvalidFile(
+            f"Flow.load: {str(path)!r} holds a flow that no recipe built, got recipe "
+            f"{str(name)[:40]!r}; build the same flow and pass it as Flow.load(path, into=flow)."
+        )
+    base, sizes = header["base"]
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if _largest((arguments, sizes)) > max(held, _SMALL):
+        raise ValueError(f"it asks for sizes above its {held} numbers")
+    with Bounded(tensors):
+        flow = _RECIPES[name](**arguments)
+        if base is None:
+            raise InvalidFile(
+                f"Flow.load: {str(path)!r} holds a flow whose base is none of {sorted(_BASES)}; "
+                "build the same flow and pass it as Flow.load(path, into=flow)."
+            )
+        if base in _BASES:  # a fit may have exchanged it
+            flow.base = _BASES[base](**sizes)
+        dtypes = Counter(t.dtype for t in tensors.values() if t.is_floating_point())
+        if dtypes:
+            flow.to(dtypes.most_common(1)[0][0])
+        for key, mine in flow.state_dict(keep_vars=True).items():
+            if key in tensors and mine.is_floating_point() and tensors[key].is_floating_point():
+                mine.data = mine.data.to(tensors[key].dtype)
+    return flow
+
+
+# Sizes up to this are built whatever the file holds: some arguments, of networks that a flow of one
+# coordinate does not have for example, leave no trace in it.
+_SMALL = 2**16
+
+
+def _largest(value: Any) -> int:
+    """The largest integer among the arguments of a recipe."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return max([len(value), *map(_largest, value)])
+    return value if isinstance(value, int) else 0

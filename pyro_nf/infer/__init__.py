@@ -36,3 +36,7 @@ __all__ = [
     "laplace_start",
     "smooth",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

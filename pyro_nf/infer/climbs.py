@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from pyro_nf.infer.gaussians import gaussian_elbos, laplace_scale, sample_gaussian
 from pyro_nf.infer.joint import LinAlgError, LogJoint
+from pyro_nf.infer.metered import Metered
+from pyro_nf.train.budget import OutOfTime
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -134,13 +135,11 @@ class BatchedLBFGS:
 
 
 def mean_field_climb(
-    joint: LogJoint,
+    joint: LogJoint | Metered,
     loc: Tensor,
     scale: Tensor,
     eps: Tensor,
     max_steps: int = 100,
-    deadline: float = math.inf,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Tensor]:
     r"""Maximises the ELBO of a diagonal Gaussian on fixed draws, by L-BFGS.
 
@@ -153,13 +152,11 @@ def mean_field_climb(
     2024).
 
     Args:
-        joint: the log joint.
+        joint: the log joint; the climb ends when its time does.
         loc: m at the start (D,).
         scale: s at the start (D,).
         eps: normal draws (S, D).
         max_steps: calls of the log joint.
-        deadline: when to stop, by the clock.
-        clock: what the seconds are counted with.
 
     Returns:
         m and s (D,).
@@ -175,22 +172,24 @@ def mean_field_climb(
         grad = torch.cat([slope.mean(0), (slope * eps).mean(0) * s + 1])
         return value.unsqueeze(0), grad.unsqueeze(0)
 
-    climb = BatchedLBFGS(value_and_grad, torch.cat([loc, scale.log()]).unsqueeze(0))
-    for _ in range(max_steps):
-        if bool(climb.done.all()) or clock() > deadline:
-            break
-        climb.step(tolerance=1e-2)
+    try:
+        climb = BatchedLBFGS(value_and_grad, torch.cat([loc, scale.log()]).unsqueeze(0))
+    except OutOfTime:
+        return loc, scale
+    with suppress(OutOfTime):
+        for _ in range(max_steps):
+            if bool(climb.done.all()):
+                break
+            climb.step(tolerance=1e-2)
     return climb.z[0, :dim].clone(), climb.z[0, dim:].exp()
 
 
 def newton_climb(
-    joint: LogJoint,
+    joint: LogJoint | Metered,
     loc: Tensor,
     scale: Tensor,
     eps: Tensor,
     max_steps: int = 100,
-    deadline: float = math.inf,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Tensor, Tensor]:
     r"""Variational Newton steps of a full Gaussian towards the best ELBO.
 
@@ -203,31 +202,37 @@ def newton_climb(
     *The Bayesian Learning Rule* (Khan, Rue, 2023).
 
     Args:
-        joint: the log joint.
+        joint: the log joint; the climb ends when its time does.
         loc: m at the start (D,).
         scale: lower-triangular root of the covariance at the start (D, D), or diagonal (D,).
         eps: normal draws (S, D); a few of them serve for the mean Hessian.
         max_steps: steps tried.
-        deadline: when to stop, by the clock.
-        clock: what the seconds are counted with.
 
     Returns:
         m (D,) and L (D, D).
     """
-    L = scale.diag_embed() if scale.dim() == 1 else scale
+    best = loc, scale.diag_embed() if scale.dim() == 1 else scale
+    with suppress(OutOfTime):
+        for better in _newton_steps(joint, *best, eps, max_steps):
+            best = better
+    return best
+
+
+def _newton_steps(
+    joint: LogJoint | Metered, loc: Tensor, L: Tensor, eps: Tensor, max_steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ever better Gaussians (m, L)."""
     rho, small = 1.0, 0
     elbo = float(gaussian_elbos(joint, [(loc, L)], eps)[0])
     step: tuple[Tensor, Tensor] | None = None
     for _ in range(max_steps):
-        if clock() > deadline:
-            break
         if step is None:
             z, _ = sample_gaussian(loc, L, eps)
             _, slope = joint.value_and_grad(z)
             hessians = joint.hessian(z[:_HESSIAN_DRAWS])
             finite = torch.isfinite(hessians).all(-1).all(-1)
             if not bool(finite.any()):
-                break
+                return
             hessian = torch.where(finite[:, None, None], hessians, 0.0).sum(0) / finite.sum()
             step = slope.mean(0), hessian
         gradient, hessian = step
@@ -235,17 +240,17 @@ def newton_climb(
         try:
             new = laplace_scale(-(1 - rho) * old + rho * hessian.double()).to(L)
         except (ValueError, LinAlgError):
-            break
+            return
         m = loc + rho * (new @ (new.mT @ gradient))
         value = float(gaussian_elbos(joint, [(m, new)], eps)[0])
         if value > elbo:
             gain, elbo, loc, L, step = value - elbo, value, m, new, None
+            yield loc, L
             rho = min(1.0, 2 * rho)
             small = small + 1 if gain < 0.02 else 0
             if small == 2:
-                break
+                return
         else:
             rho *= 0.4
             if rho < 0.004:
-                break
-    return loc, L
+                return

@@ -142,11 +142,7 @@ def check_sites(joint: LogJoint, z: Tensor, weights: Weights) -> list[SiteCheck]
     mean = (w * z).sum(0)
     sd = (w * (z - mean).square()).sum(0).sqrt()
     shift, ratio = (mean - z.mean(0)) / sd, z.std(0) / sd
-    names = [
-        f"{site.name}[{i}]" if site.size > 1 else site.name
-        for site in joint.sites.values()
-        for i in range(site.size)
-    ]
+    names = [label for site in joint.sites.values() for label in site.labels]
     checks = [SiteCheck(*row) for row in zip(names, shift.tolist(), ratio.tolist(), strict=True)]
     # Where one draw has all the weight there is no sd, and nothing is worse.
     return sorted(checks, key=lambda c: -max(_size(c.shift), _size(c.sd_ratio - 1)))

@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.metered import Metered
 
 # Above this many dimensions no D x D matrix is made: the candidates have diagonal scales.
 MAX_FULL_DIM = 300
 # An axis along which the density hardly falls is given these scales, to be chosen by ELBO.
 MAX_SCALES = (10.0, 1000.0)
+# Probes of a diagonal of second derivatives.
+COUNT_PROBES = 32
+
+
+def hessian_rows(dim: int) -> int:
+    """Rows of the batch by which the curvature at a point of so many coordinates is found."""
+    return dim if dim <= MAX_FULL_DIM else COUNT_PROBES
 
 
 def sample_gaussian(loc: Tensor, scale: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +61,8 @@ def laplace_scale(hessian: Tensor, max_scale: float = MAX_SCALES[-1]) -> Tensor:
 
 def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -> Tensor:
     """|diag H| by Hutchinson's probes v * (H v), without a D x D matrix."""
-    count = 32
-    probes = torch.randint(0, 2, (count, len(z)), generator=generator).to(z) * 2 - 1
-    batch = z.expand(count, -1).clone().requires_grad_()
+    probes = torch.randint(0, 2, (COUNT_PROBES, len(z)), generator=generator).to(z) * 2 - 1
+    batch = z.expand(COUNT_PROBES, -1).clone().requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(joint._evaluate(batch).sum(), batch, create_graph=True)
         (product,) = torch.autograd.grad((grad * probes).sum(), batch)
@@ -65,11 +72,19 @@ def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -
     return diagonal.abs()
 
 
-def gaussian_elbos(joint: LogJoint, candidates: list[tuple[Tensor, Tensor]], eps: Tensor) -> Tensor:
-    """ELBO (C,) of each Gaussian (loc, scale), all with the same normal draws eps (S, D)."""
+def gaussian_elbos(
+    joint: LogJoint | Metered, candidates: list[tuple[Tensor, Tensor]], eps: Tensor
+) -> Tensor:
+    """ELBO (C,) of each Gaussian (loc, scale), all with the same normal draws eps (S, D).
+
+    If each run of the model is dear, one serves them all.
+    """
     pairs = [sample_gaussian(loc, scale, eps) for loc, scale in candidates]
     with torch.no_grad():
-        log_p = torch.stack([joint.log_prob(z) for z, _ in pairs])
+        if isinstance(joint, Metered) and joint.prefers_one_batch(len(pairs), len(eps)):
+            log_p = joint.log_prob(torch.stack([z for z, _ in pairs]))
+        else:
+            log_p = torch.stack([joint.log_prob(z) for z, _ in pairs])
     log_q = torch.stack([q for _, q in pairs])
     failed = ~torch.isfinite(log_p)
     # A Gaussian half of whose draws have no density is no start, yet a few failures are no ruin.

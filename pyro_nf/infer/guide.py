@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
@@ -23,22 +26,24 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import nsf
 from pyro_nf.infer.gaussians import MAX_FULL_DIM
+from pyro_nf.infer.improper import ImproperPosterior, kept_entries, suspects
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.recentre import Recentre
 from pyro_nf.infer.recipe import affine_base, autoregressive_layers, light_layers
 from pyro_nf.infer.sites import (
     InitLocFn,
+    LatentSite,
     Model,
-    bijection,
     init_anywhere,
-    is_flat,
+    latent_sites,
     refuse_subsampled_latents,
 )
 from pyro_nf.infer.start import Start
+from pyro_nf.infer.supports import bijection, is_flat
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import Chain, FlowTransform, indented
 
 FlowFactory = Callable[[int], Flow | FlowTransform]
 
@@ -200,31 +205,60 @@ class AutoFlow(AutoContinuous):
             self._read_prototype(*args, **kwargs)
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
             self._refuse_moving_supports(args, kwargs)
+            self._refuse_flat_directions(args, kwargs)
             self.flow = self._make_flow()
             with poutine.block():  # the call that sets up makes its own
                 self._create_plates(*args, **kwargs)  # NeuTraReparam wants them before any call
-        except Exception:
+        except BaseException:  # Ctrl-C too
             self.prototype_trace = None  # a failed set-up is no set-up
             raise
 
     def _read_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._setup_prototype(*args, **kwargs)
-        except NotImplementedError:
-            for name, site in self._sites():
-                bijection(name, site["fn"])  # names the site whose support cannot be mapped
-            raise
+            self._read_sites(*args, **kwargs)
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
             default = torch.get_default_dtype()
             other = torch.float32 if default == torch.float64 else torch.float64
             self._start_flat_priors_in(other)
-            super()._setup_prototype(*args, **kwargs)
+            self._read_sites(*args, **kwargs)
         flat = [site["value"].dtype for _, site in self._sites() if is_flat(site["fn"])]
         if flat and (computed := self._computed_dtype(args, kwargs)) not in flat:
             self._start_flat_priors_in(computed)
-            super()._setup_prototype(*args, **kwargs)
+            self._read_sites(*args, **kwargs)
+
+    def _read_sites(self, *args: Any, **kwargs: Any) -> None:
+        """The latents and their places: those of a log joint, whatever support is reported."""
+        super(AutoContinuous, self)._setup_prototype(*args, **kwargs)
+        trace = cast(Trace, self.prototype_trace)
+        keeps = kept_entries(self._plain_model[0], args, kwargs, trace)
+        self._suspects = suspects(trace)
+        self._places: dict[str, LatentSite] = latent_sites(trace, keeps)
+        self._left_out: dict[str, Any] = {}
+        for name, site in self._sites():
+            if name not in self._places:  # its prior is masked, and nothing depends on it
+                self._left_out[name] = site
+                trace.remove_node(name)
+        sites = dict(self._sites())
+        self._unconstrained_shapes = {n: p.unconstrained_shape for n, p in self._places.items()}
+        self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in sites.items()}
+        self.latent_dim = sum(place.size for place in self._places.values())
+        if not self.latent_dim:
+            raise RuntimeError("AutoFlow: the model has no latent, so there is nothing to infer.")
+
+    def _refuse_flat_directions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises if priors without a density leave something that the data do not hold either."""
+        if not self._suspects:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                LogJoint(self._plain_model[0], args, kwargs, init_loc_fn=self._init_loc_fn)
+        except ImproperPosterior:
+            raise
+        except (ValueError, RuntimeError):
+            return  # a model that a log joint cannot be made of says nothing of this
 
     def _computed_dtype(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
         """What the log density is computed in; the prototype has no data to tell."""
@@ -243,10 +277,12 @@ class AutoFlow(AutoContinuous):
         The value of such a site cannot be told from its own coordinates alone.
         """
         sites = dict(self._sites())
-        transforms = {name: bijection(name, site["fn"]) for name, site in sites.items()}
+        transforms = {name: place.transform for name, place in self._places.items()}
 
         def moved(site: Any) -> Tensor:
             name = site["name"]
+            if name not in sites:
+                return site["fn"].sample()
             u = transforms[name].inv(sites[name]["value"])
             return cast(Tensor, bijection(name, site["fn"])(u + _MOVE))
 
@@ -421,6 +457,21 @@ class AutoFlow(AutoContinuous):
             )
         return cast(Flow, self._modules["flow"])
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any Module; before :meth:`setup` there are none, which a warning says."""
+        if self.prototype_trace is None:
+            warnings.warn(
+                "AutoFlow: the guide has no parameters before guide.setup(*args) with the model's "
+                "arguments; an optimiser that is made now would learn nothing.",
+                stacklevel=2,
+            )
+        return super().named_parameters(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        if self.prototype_trace is None:
+            return "AutoFlow(not set up)"
+        return f"AutoFlow({self.latent_dim} coordinates)\n  {indented(repr(self._ready()))}"
+
     # What Pyro asks of an AutoContinuous.
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -436,7 +487,53 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
         self._register()
-        return cast(dict[str, Tensor], super().forward(*args, **kwargs))
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        for name, site in self._left_out.items():
+            with self._within(site["cond_indep_stack"], plates):
+                pyro.sample(name, site["fn"].mask(False))
+        return {
+            site["name"]: self._sampled(site, u, plates) for site, u in self._unpack_latent(latent)
+        }
+
+    def _sampled(self, site: Any, u: Tensor, plates: Mapping[str, Any]) -> Tensor:
+        """One latent, as a Delta whose density is that of the change of variables."""
+        name, place = site["name"], self._places[site["name"]]
+        value = place.transform(u)
+        log_density: Any = 0.0
+        if poutine.get_mask() is not False:
+            log_density = -place.ladj(place.transform, u, value)
+        with self._within(self._cond_indep_stacks[name], plates):
+            delta = dist.Delta(value, log_density=log_density, event_dim=place.event_dim)
+            return pyro.sample(name, delta)
+
+    @staticmethod
+    def _within(frames: Any, plates: Mapping[str, Any]) -> contextlib.ExitStack:
+        """All plates of a site."""
+        with contextlib.ExitStack() as stack:
+            for frame in frames:
+                if frame.vectorized:
+                    stack.enter_context(plates[frame.name])
+            return stack.pop_all()
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Each site with its unconstrained value, whatever plates stand around the guide."""
+        for name, site in self._sites():
+            place = self._places[name]
+            piece = place.complete(latent[..., place.start : place.start + place.size])
+            event = (1,) * (len(place.unconstrained_shape) - place.batch_ndim)
+            shape = torch.broadcast_shapes(place.unconstrained_shape, latent.shape[:-1] + event)
+            yield site, piece.reshape(shape)
+
+    def _init_loc(self) -> Tensor:
+        """The unconstrained coordinates of the prototype's values."""
+        sites, empty = dict(self._sites()), torch.Size()
+        return torch.cat(
+            [
+                place.flat(place.transform.inv(sites[name]["value"].detach()), empty)
+                for name, place in self._places.items()
+            ]
+        )
 
     def get_base_dist(self) -> Any:
         """Standard normals, ``(latent_dim,)``."""
@@ -454,13 +551,7 @@ class AutoFlow(AutoContinuous):
     def _draw(self, num_draws: int) -> dict[str, Tensor]:
         with own_randomness(seed=0), torch.no_grad():
             z = self._ready()().sample((num_draws,))
-        values, start = {}, 0
-        for name, site in self._sites():
-            shape = self._unconstrained_shapes[name]
-            u = z[:, start : start + shape.numel()].reshape(num_draws, *shape)
-            values[name] = bijection(name, site["fn"])(u)
-            start += shape.numel()
-        return values
+        return {name: place.transform(place.cut(z)) for name, place in self._places.items()}
 
     def _sites(self) -> list[tuple[str, Any]]:
         assert self.prototype_trace is not None
@@ -511,12 +602,12 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"AutoFlow: wanted values of {sorted(sites)}, got {sorted(values)}.")
         pieces, ladj = [], torch.zeros(())
         for name, site in sites.items():
-            transform, value = bijection(name, site["fn"]), values[name]
-            batch_dim = value.dim() - site["value"].dim()
-            u = transform.inv(value)
-            pieces.append(u.reshape(*value.shape[:batch_dim], -1))
-            each = transform.log_abs_det_jacobian(u, value)
-            ladj = ladj + each.reshape(*value.shape[:batch_dim], -1).sum(-1)
+            place, value = self._places[name], values[name]
+            lead = value.shape[: value.dim() - site["value"].dim()]
+            u = place.transform.inv(value)
+            pieces.append(place.flat(u, lead))
+            each = place.ladj(place.transform, u, value)
+            ladj = ladj + each.reshape(*lead, -1).sum(-1)
         batch_shape = torch.broadcast_shapes(*(p.shape[:-1] for p in pieces))
         z = torch.cat([p.expand(*batch_shape, -1) for p in pieces], -1)
         return cast(Tensor, flow().log_prob(z)) - ladj
@@ -550,6 +641,17 @@ class AutoFlow(AutoContinuous):
             for key, tensor in self._in_param_store().items():
                 if key in store:
                     tensor.copy_(store[key])  # the values only: two guides share no tensor
+        self.register()
+
+    def register(self) -> None:
+        """Makes Pyro's param store hold this guide's parameters and coordinates.
+
+        :meth:`setup` and :func:`~pyro_nf.infer.fit.fit_svi` do so. What the store held under the
+        same names, of another guide for example, goes.
+
+        Raises:
+            RuntimeError: Before :meth:`setup`.
+        """
         self._register()
         pyro.module(f"{self._pyro_name}.flow", self._ready())
 

@@ -11,21 +11,33 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median, init_to_sample
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
+from pyro_nf.infer.enumeration import Enumeration
+from pyro_nf.infer.improper import kept_entries, refuse_flat_directions, suspects
+from pyro_nf.infer.prior_check import check_priors
 from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds, simplify
-from pyro_nf.infer.sites import InitLocFn, LatentSite, Model, bijection, trace_prototype
+from pyro_nf.infer.sites import (
+    InitLocFn,
+    LatentSite,
+    Model,
+    latent_nodes,
+    latent_sites,
+    trace_prototype,
+)
 from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
+from pyro_nf.train.budget import Budget
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 # Recording costs about this many evaluations; it predicts whether a recording can meet its limit.
 # (Measured: 110 on eight schools, 340 on an unrolled time series of 200 steps.)
 _TRACE_COST = 300.0
+# Single runs for the check of a batch may take such a share of the seconds of a fit.
+_CHECK_SHARE = 0.05
 # Sites of a batch of this many particles (or one of the primes after it) are never mistaken for
 # a dimension of the model, so that a check with it shows every wrong broadcast.
 _CHECK_BATCHES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -66,6 +78,8 @@ class LogJoint:
         prototype: a trace of the model to take the sites from, if there is one already.
         seed: of the prototype run and of the points of the check. The global generator is left
             as it was.
+        budget: what a fit may take; the check is made with fewer points if they would take a large
+            share of it.
 
     Attributes:
         latent_dim: D.
@@ -111,6 +125,7 @@ class LogJoint:
         init_loc_fn: InitLocFn = init_to_median,
         prototype: poutine.Trace | None = None,
         seed: int = 0,
+        budget: Budget | None = None,
     ) -> None:
         self.model = model
         self.args = tuple(args)
@@ -120,6 +135,7 @@ class LogJoint:
         self.dynamic_sites: tuple[str, ...] = ()
         self.hierarchical_sites: tuple[str, ...] = ()
         self._centring: dict[str, SiteCentring] = {}
+        self._budget = Budget() if budget is None else budget
         self._recorded: torch.fx.GraphModule | None = None
         self._graphs: dict[tuple[int, torch.dtype], Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -127,14 +143,20 @@ class LogJoint:
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
             trace = prototype or self._first_run(init_loc_fn)
             self._read(trace)
-            self._prepare_enumeration()
             self.init_loc = self._coordinates(trace)
+            check_priors(self.model, self.args, self.kwargs, trace, self.sites, self._fixed)
             run = self._inspect()
             self._check()
+            if not self.is_random:
+                refuse_flat_directions(
+                    self.value_and_grad, self.init_loc, self.sites, suspects(trace)
+                )
             self._note_hierarchy(trace, run)
 
     def __repr__(self) -> str:
-        return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites={self.sites})"
+        sites = ", ".join(f"{name} {tuple(site.shape)}" for name, site in self.sites.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
+        return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites: {sites})"
 
     # ---- construction
 
@@ -148,42 +170,25 @@ class LogJoint:
 
     def _read(self, trace: poutine.Trace) -> None:
         """Sites, their coordinates and the number of batch dimensions, from one run."""
-        self.sites: dict[str, LatentSite] = {}
-        enumerated: list[str] = []
-        depth, start = 0, 0
-        nodes: dict[str, Any] = dict(trace.nodes)
-        for name, node in nodes.items():
-            if node["type"] != "sample" or isinstance(node["fn"], _Subsample):
-                continue
-            fn, value = node["fn"], node["value"]
-            dims = [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
-            depth = max([depth, len(fn.batch_shape), *dims])
-            if node["is_observed"]:
-                continue
-            if fn.has_enumerate_support:
-                enumerated.append(name)
-                continue
-            transform = bijection(name, fn)
-            shape = transform.inv(value).shape
-            batch_ndim = value.dim() - fn.event_dim
-            site = LatentSite(name, value.shape, shape, batch_ndim, start, shape.numel(), transform)
-            self.sites[name] = site
-            start += site.size
-        if not start:
+        depth, nodes = 0, dict[str, Any](trace.nodes)
+        for node in nodes.values():
+            if node["type"] == "sample" and not isinstance(node["fn"], _Subsample):
+                dims = [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
+                depth = max([depth, len(node["fn"].batch_shape), *dims])
+        latents = latent_nodes(trace)
+        self.enumerated_sites = tuple(
+            name for name, node in latents.items() if node["fn"].has_enumerate_support
+        )
+        keeps = kept_entries(self.model, self.args, self.kwargs, trace)
+        self.sites: dict[str, LatentSite] = latent_sites(trace, keeps, self.enumerated_sites)
+        left_out = latents.keys() - self.sites.keys() - set(self.enumerated_sites)
+        self._fixed = {name: latents[name]["value"].detach() for name in left_out}
+        self.latent_dim = sum(site.size for site in self.sites.values())
+        if not self.latent_dim:
             raise ValueError("the model has no continuous latent site: nothing is to be inferred.")
-        self.latent_dim = start
         self.max_batch_ndim = depth
-        self.enumerated_sites = tuple(enumerated)
-
-    def _prepare_enumeration(self) -> None:
-        def in_parallel(site: Any) -> Any:
-            return {"enumerate": "parallel"} if site["name"] in self.enumerated_sites else {}
-
         if self.enumerated_sites:
-            self._enumerated_model = poutine.enum(
-                poutine.infer_config(self.model, in_parallel),
-                first_available_dim=-1 - self.max_batch_ndim,
-            )
+            self._enumeration = Enumeration(self.model, self.enumerated_sites, depth)
 
     def _coordinates(self, trace: poutine.Trace) -> Tensor:
         pieces = []
@@ -192,7 +197,7 @@ class LogJoint:
             u = site.transform.inv(node["value"])
             if name in self._centring:
                 u, _ = self._centring[name].inverse(node["fn"], u)
-            pieces.append(u.detach().reshape(-1))
+            pieces.append(site.flat(u.detach(), torch.Size()))
         dtype = pieces[0].dtype
         for piece in pieces:
             dtype = torch.promote_types(dtype, piece.dtype)
@@ -239,6 +244,8 @@ class LogJoint:
         for name, there in run.priors.items():
             node: Any = trace.nodes[name]
             here = location_and_scale(node["fn"])
+            if name not in self.sites or self.sites[name].keep is not None:
+                continue
             if here is not None and not all(map(torch.equal, here, there)):
                 moved.append(name)
         self.hierarchical_sites = tuple(moved)
@@ -253,7 +260,7 @@ class LogJoint:
             z = self.init_loc + spread * noise.to(self.init_loc.device)
             state = torch.get_rng_state()
             with torch.no_grad(), fast_pyro():
-                wanted = torch.stack([self._seeded(state, self._robust_single, zi) for zi in z])
+                wanted = self._singles(z, state)
             if torch.isfinite(wanted).any():
                 break
         else:
@@ -263,11 +270,11 @@ class LogJoint:
                 "init_loc_fn."
             )
         reasons = []
-        ways: list[tuple[str, Callable[[Tensor], Tensor]]] = []
-        if not self.enumerated_sites:
-            ways.append(("batched", self._by_batch))
-        ways.append(("vmap", self._by_vmap))
-        ways.append(("recorded vmap", self._by_recorded_vmap))
+        ways: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            ("batched", self._by_batch),
+            ("vmap", self._by_vmap),
+            ("recorded vmap", self._by_recorded_vmap),
+        ]
         for kind, way in ways:
             problem = self._disagreement(way, z, wanted, state)
             if not problem:
@@ -277,18 +284,35 @@ class LogJoint:
         else:
             self.kind, self._way = "loop", self._by_loop
         self.reason = "; ".join(reasons)
-        if reasons:
-            hint = (
-                "every particle costs a run of the model"
-                if self.kind == "loop"
-                else "results are the same, a step is slower"
-            )
+        # An index like m[c] is how models with discrete sites are written, and all that it costs is
+        # that the one run for all particles goes by vmap.
+        if reasons and not (self.enumerated_sites and self.kind != "loop"):
             warnings.warn(
                 f"the model does not run on a batch of particles ({self.reason}). "
-                f"LogJoint uses {self.kind} instead: {hint}. A model whose operations act on the "
-                f"last dimensions (x[..., 0], sum(-1), to_event) broadcasts.",
+                f"LogJoint uses {self.kind} instead: {self._advice()}",
                 stacklevel=4,
             )
+
+    def _advice(self) -> str:
+        if self.kind == "loop":
+            return (
+                "every particle costs a run of the model. A Python `if` on a latent, .item(), or "
+                "a shape that depends on a latent allows no other way: torch.where, or operations "
+                "on the last dimensions (x[..., 0], sum(-1), to_event), do."
+            )
+        return (
+            "results are the same, a step is slower. A model whose operations act on the last "
+            "dimensions (x[..., 0], sum(-1), to_event) broadcasts."
+        )
+
+    def _singles(self, z: Tensor, state: Tensor) -> Tensor:
+        """The value of each point by a run of its own; of two at least, as far as there is time."""
+        part, values = self._budget.part(_CHECK_SHARE), list[Tensor]()
+        for zi in z:
+            if len(values) >= 2 and part.has_seconds and part.is_spent():
+                break
+            values.append(self._seeded(state, self._robust_single, zi))
+        return torch.stack(values)
 
     def _seeded(self, state: Tensor, way: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         torch.set_rng_state(state)
@@ -305,8 +329,9 @@ class LogJoint:
         except Exception as error:  # whatever a user's model raises
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return f"at site {self._last_site!r}: {lines[0].split('. ')[0][:160]}"
-        if got.shape != wanted.shape:
-            return f"log density of shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        if got.shape != z.shape[:1]:
+            return f"log density of shape {tuple(got.shape)}, not {tuple(z.shape[:1])}"
+        got = got[: len(wanted)]
         finite = torch.isfinite(wanted)
         # A wrong broadcast is an error of order one; rounding is far below this.
         tolerance = 1e3 * torch.finfo(z.dtype).eps * (1 + wanted.abs())
@@ -321,7 +346,9 @@ class LogJoint:
     def _run(self, z: Tensor, dynamic: bool | None = None) -> tuple[Tensor, Substitute]:
         """One run of the model for z (D,) or for a batch (S, D)."""
         moving = bool(self.dynamic_sites) if dynamic is None else dynamic
-        run = Substitute(self.sites, z, self.max_batch_ndim, moving, self._centring)
+        run = Substitute(
+            self.sites, z, self.max_batch_ndim, moving, self._centring, fixed=self._fixed
+        )
         try:
             with poutine.block():
                 if not self.enumerated_sites:
@@ -329,11 +356,10 @@ class LogJoint:
                         self.model(*self.args, **self.kwargs)
                 else:
                     run.is_scored = False
-                    tracer = poutine.trace(self._enumerated_model)
-                    with run:
-                        trace = tracer.get_trace(*self.args, **self.kwargs)
-                    depth = self.max_batch_ndim
-                    run.terms.append(TraceEinsumEvaluator(trace, True, depth).log_prob(trace))
+                    particles = len(z) if z.dim() > 1 else None
+                    run.terms.append(
+                        self._enumeration.log_prob(run, self.args, self.kwargs, particles)
+                    )
         finally:
             self._last_site = run.last_site
         return run.total(), run
@@ -429,6 +455,8 @@ class LogJoint:
             z = z.requires_grad_()
             with torch.enable_grad():
                 log_prob = self._evaluate(z)
+                if not log_prob.requires_grad:  # nothing depends on any latent
+                    return log_prob, torch.zeros_like(z)
                 (grad,) = torch.autograd.grad(log_prob.sum(), z)
         log_prob = log_prob.detach()
         if bool(torch.isfinite(log_prob.sum() + grad.sum())):  # as is the rule
@@ -458,6 +486,7 @@ class LogJoint:
         max_seconds: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
         compile: bool = False,
+        if_faster: bool = True,
     ) -> bool:
         """Records the operations of `value_and_grad` for batches of one size, to replay them.
 
@@ -470,6 +499,7 @@ class LogJoint:
             clock: what the seconds are counted with.
             compile: whether `torch.compile` shall fuse the recording. On eight schools with 64
                 particles a call then takes 0.04 instead of 0.37 ms, and the first one 6.5 s.
+            if_faster: whether the recording is kept only if it is the faster by a clock.
 
         Returns:
             Whether there is a recording now. It has been compared with the model itself, and it
@@ -518,8 +548,10 @@ class LogJoint:
         if not (close.all() and alike.all()):
             return False
         # A long unrolled loop replays no faster than autograd's own engine runs it.
-        if not compile and process_seconds(lambda: graph(z)) > process_seconds(
-            lambda: self.value_and_grad(z)
+        if (
+            if_faster
+            and not compile
+            and process_seconds(lambda: graph(z)) > process_seconds(lambda: self.value_and_grad(z))
         ):
             return False
         self._graphs[key] = torch.compile(graph) if compile else graph
@@ -572,7 +604,7 @@ class LogJoint:
                     f"must be {tuple(site.shape)}."
                 )
             u = site.transform.inv(value)
-            pieces.append(u.reshape(*value.shape[: value.dim() - ndim], site.size))
+            pieces.append(site.flat(u, value.shape[: value.dim() - ndim]))
         lead = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
         pieces = [piece.expand(lead + piece.shape[-1:]) for piece in pieces]
         z = torch.cat(pieces, -1).to(self.init_loc.dtype)
@@ -624,11 +656,15 @@ class LogJoint:
             return z, z.sum(-1)
 
         def moved(z: Tensor) -> tuple[Tensor, Tensor]:
-            run = Substitute(self.sites, z, self.max_batch_ndim, False, centring, inverse)
+            run = Substitute(
+                self.sites, z, self.max_batch_ndim, False, centring, inverse, self._fixed
+            )
             run.is_scored = False
             with poutine.block(), run:
                 self.model(*self.args, **self.kwargs)
-            pieces = [run.coordinates[name].reshape(*z.shape[:-1], -1) for name in self.sites]
+            pieces = [
+                site.flat(run.coordinates[name], z.shape[:-1]) for name, site in self.sites.items()
+            ]
             return torch.cat(pieces, -1), run.ladj()
 
         way = moved if self.kind == "batched" else torch.func.vmap(moved, randomness="same")

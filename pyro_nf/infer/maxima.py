@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_nf.infer.climbs import BatchedLBFGS
 from pyro_nf.infer.gaussians import MAX_FULL_DIM, diagonal_precision, laplace_scale
 from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.sites import bijection, init_anywhere
+from pyro_nf.infer.sites import init_anywhere
+from pyro_nf.infer.supports import bijection
 from pyro_nf.infer.substitute import fast_pyro
 from pyro_nf.train.budget import Budget
 
@@ -252,12 +253,14 @@ def _prior_by_batch(joint: LogJoint, count: int) -> Tensor | None:
         pad = (1,) * (depth - site.batch_ndim)
         if coordinates[name].shape != (count, *pad, *site.unconstrained_shape):
             return None
-    return torch.cat([u.reshape(count, -1) for u in coordinates.values()], -1)
+    lead = torch.Size((count,))
+    return torch.cat([site.flat(coordinates[n], lead) for n, site in joint.sites.items()], -1)
 
 
 def _prior_by_vmap(joint: LogJoint, count: int) -> Tensor | None:
     def one(_: Tensor) -> Tensor:
-        return torch.cat([u.reshape(-1) for u in _prior_sites(joint).values()])
+        values, lead = _prior_sites(joint), torch.Size()
+        return torch.cat([site.flat(values[n], lead) for n, site in joint.sites.items()])
 
     return torch.func.vmap(one, randomness="different")(joint.init_loc.new_zeros(count))
 

@@ -19,11 +19,19 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge
 from pyro_nf.infer.export import inference_data
 from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.infer.improper import masked_priors
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.probe import probe
 from pyro_nf.infer.refine import independence, neutra
-from pyro_nf.infer.replay import SetFree, observed_values, pointwise_log_likelihood, predict
+from pyro_nf.infer.replay import (
+    SetFree,
+    complete,
+    observed_values,
+    pointwise_log_likelihood,
+    predict,
+)
 from pyro_nf.infer.summary import Summary, summarize
+from pyro_nf.infer.supports import is_pushed
 from pyro_nf.infer.weights import Weights, khat_in_words, smooth
 from pyro_nf.train.loop import History
 from pyro_nf.train.randomness import own_randomness
@@ -119,6 +127,8 @@ class Posterior:
         with own_randomness(seed), torch.no_grad():
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
+            if not isinstance(guide, AutoFlow):
+                _expect_coordinates(guide)
             if joint is None:
                 init = getattr(guide, "init_loc_fn", init_to_median)
                 own = model or _without_init(guide.model)
@@ -143,13 +153,16 @@ class Posterior:
                 f"Posterior: none of {num_draws} draws of the guide has a finite density under the "
                 "model; fit the guide to this model and these arguments first, or draw more."
             )
-        return cls(joint.unpack(z), z, log_p, log_q, joint, history, q)
+        with own_randomness(seed):
+            samples = complete(joint, joint.unpack(z))
+        return cls(samples, z, log_p, log_q, joint, history, q)
 
     def __len__(self) -> int:
         return len(self.z)
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{name}{list(x.shape[1:]) or ''}" for name, x in self.samples.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
         if self.without_weights:
             quality = "without weights"
         else:
@@ -367,9 +380,10 @@ class Posterior:
             )
             with torch.no_grad():
                 log_p = torch.cat([self.joint.log_prob(z) for z in run.z.split(_CHUNK)])
+            samples = complete(self.joint, self.joint.unpack(run.z))
         return replace(
             self,
-            samples=self.joint.unpack(run.z),
+            samples=samples,
             z=run.z,
             log_p=log_p,
             log_q=None,
@@ -557,6 +571,23 @@ def _check_not_a_point(guide: object, q: dist.TorchDistribution) -> None:
             f"Posterior: {type(guide).__name__} has all its mass at one point, so that its draws "
             "have no weights; take guide.laplace_approximation(*args) of an "
             "AutoLaplaceApproximation, or another guide."
+        )
+
+
+def _expect_coordinates(guide: AutoContinuous | AutoNormal) -> None:
+    """Raises if a guide of Pyro's has other coordinates than a log joint."""
+    prototype: Any = guide.prototype_trace
+    masked = masked_priors(prototype)
+    for name, site in prototype.iter_stochastic_nodes():
+        if name in masked:
+            why = "has entries without a prior density"
+        elif is_pushed(site["fn"]):
+            why = f"reports the support {site['fn'].support}, but has values in a part of it only"
+        else:
+            continue
+        raise ValueError(
+            f"Posterior: {type(guide).__name__} cannot be weighed, since the latent site {name!r} "
+            f"{why}, and the guide goes beyond. Use an AutoFlow, which knows of it."
         )
 
 

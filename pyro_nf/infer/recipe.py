@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.gaussians import MAX_FULL_DIM
 from pyro_nf.infer.joint import LogJoint
+from pyro_nf.infer.metered import Metered
 from pyro_nf.infer.objectives import ELBO, DifferentiableLogJoint, Objective
 from pyro_nf.infer.recording import process_seconds
 from pyro_nf.infer.start import Start
@@ -44,6 +46,10 @@ BETAS = (0.9, 0.99)
 # More particles make the tails of the fit better, if they leave this many steps.
 MANY_PARTICLES = 256
 ENOUGH_STEPS = 500
+# Fewer particles than usual, but not fewer than this, if they leave less than so many steps.
+FEW_PARTICLES, FEW_STEPS = 4, 100
+# Share of what is left that timing batches of particles may take.
+TIMING_SHARE = 0.05
 # Skewness and tails of a coordinate are felt by all draws at once: they learn at such a share
 # of the flow's rate.
 SHAPE_SHARE = 0.3
@@ -56,6 +62,8 @@ EVEN = 0.05
 FAR_SHARE, FAR = 0.25, 1.0
 # Draws that a state is judged by; always the same, so that states are compared without their noise.
 CHECK_PARTICLES = 512
+# They are fewer, but not fewer than this, if a check takes a larger share of what is left.
+LEAST_CHECK_PARTICLES, CHECK_SHARE = 8, 0.03
 
 
 def affine_base(start: Start, rank: int = 16) -> Chain:
@@ -214,7 +222,7 @@ def elbo_floor(
         return float(elbo - 2 * error)
 
 
-def choose_particles(joint: LogJoint, max_seconds: float | None) -> int:
+def choose_particles(joint: LogJoint | Metered, max_seconds: float | None) -> int:
     """Many particles where they leave enough steps, or cost hardly more than few.
 
     Args:
@@ -223,15 +231,31 @@ def choose_particles(joint: LogJoint, max_seconds: float | None) -> int:
             bounded by steps can be repeated: then many, unless each particle is a run of its own.
     """
     if max_seconds is None:
-        return COUNT_PARTICLES if joint.kind == "loop" else MANY_PARTICLES
+        kind = joint.joint.kind if isinstance(joint, Metered) else joint.kind
+        return COUNT_PARTICLES if kind == "loop" else MANY_PARTICLES
+    meter = Metered.of(joint, max_seconds, time.process_time)
 
     def seconds(count: int) -> float:
-        z = joint.init_loc.expand(count, -1)
-        return process_seconds(lambda: joint.value_and_grad(z), count=2)
+        z = meter.init_loc.expand(count, -1)
+        times = []
+        for _ in range(2):
+            if meter.price("gradient", count) <= TIMING_SHARE * meter.budget.seconds_left:
+                meter.value_and_grad(z)
+            times.append(meter.price("gradient", count))
+        return min(times)
 
     few, many = seconds(COUNT_PARTICLES), seconds(MANY_PARTICLES)
-    enough = ENOUGH_STEPS * many < max_seconds
-    return MANY_PARTICLES if enough or many < NEARLY_FREE * few else COUNT_PARTICLES
+    if ENOUGH_STEPS * many < max_seconds or many < NEARLY_FREE * few:
+        return MANY_PARTICLES
+    count = COUNT_PARTICLES
+    while count > FEW_PARTICLES and FEW_STEPS * meter.price("gradient", count) > max_seconds:
+        count //= 2
+    return count
+
+
+def choose_check_particles(joint: Metered) -> int:
+    """Draws of a check: 512, or fewer if that takes too large a share of what is left."""
+    return joint.afford("value", CHECK_PARTICLES, CHECK_SHARE, LEAST_CHECK_PARTICLES)
 
 
 def choose_rate(count_steps: float, count_particles: int) -> float:

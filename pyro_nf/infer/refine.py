@@ -71,6 +71,8 @@ def neutra(
     *NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport* (Hoffman,
     Sountsov, Dillon, Langmore, Tran, Vasudevan, 2019).
 
+    Ctrl-C ends it with the chains that are complete; if none is, it is raised.
+
     Args:
         joint: The log joint density.
         q: The guide's distribution.
@@ -91,21 +93,25 @@ def neutra(
         calls += 1
         return -density(params["x"].unsqueeze(0))[0].squeeze(0)
 
-    for start in tqdm(x, disable=not progress, unit="chain"):
-        kernel = NUTS(potential_fn=potential, max_tree_depth=8)
-        mcmc = MCMC(
-            kernel,
-            num_draws,
-            warmup_steps=warmup,
-            initial_params={"x": start},
-            disable_progbar=True,
-        )
-        mcmc.run()
-        chains.append(mcmc.get_samples()["x"])
-        acceptance.append(float(kernel._mean_accept_prob))
+    try:
+        for start in tqdm(x, disable=not progress, unit="chain"):
+            kernel = NUTS(potential_fn=potential, max_tree_depth=8)
+            mcmc = MCMC(
+                kernel,
+                num_draws,
+                warmup_steps=warmup,
+                initial_params={"x": start},
+                disable_progbar=True,
+            )
+            mcmc.run()
+            chains.append(mcmc.get_samples()["x"])
+            acceptance.append(float(kernel._mean_accept_prob))
+    except KeyboardInterrupt:
+        if not chains:
+            raise
     with torch.no_grad():
         z = q.transform.forward_and_ladj(torch.cat(chains))[0]
-    return Chains(z, len(x), calls, sum(acceptance) / len(acceptance))
+    return Chains(z, len(chains), calls, sum(acceptance) / len(acceptance))
 
 
 def independence(
@@ -123,6 +129,8 @@ def independence(
     :math:`\min(1, w(x') / w(x))`, and then makes a Langevin step in base coordinates (MALA). The
     first moves between separated modes that the guide covers, the second moves where its weights
     are poor.
+
+    Ctrl-C ends it with the draws so far; during the warm-up, when there are none, it is raised.
 
     *Adaptive Monte Carlo augmented with normalizing flows* (Gabrié, Rotskoff, Vanden-Eijnden,
     2022).
@@ -144,29 +152,33 @@ def independence(
     log_step = math.log(0.5 * dim ** (-1 / 6))
     value, grad, z = _value_and_grad(density, x)
     kept, accepted = [], []
-    for i in tqdm(range(warmup + num_draws), disable=not progress, unit="step"):
-        fresh = base.sample((chains,))
-        fresh_value, fresh_grad, fresh_z = _value_and_grad(density, fresh)
-        log_ratio = (fresh_value - base.log_prob(fresh)) - (value - base.log_prob(x))
-        x, value, grad, z, _ = _accept(
-            log_ratio, (x, value, grad, z), (fresh, fresh_value, fresh_grad, fresh_z)
-        )
-        step = math.exp(log_step)
-        noise = torch.randn_like(x)
-        near = x + 0.5 * step**2 * grad + step * noise
-        near_value, near_grad, near_z = _value_and_grad(density, near)
-        back = (x - near - 0.5 * step**2 * near_grad) / step
-        log_ratio = near_value - value + 0.5 * (noise.square() - back.square()).sum(-1)
-        x, value, grad, z, rate = _accept(
-            log_ratio, (x, value, grad, z), (near, near_value, near_grad, near_z)
-        )
-        if i < warmup:
-            log_step += _ADAPT * (rate - _MALA_RATE)
-        else:
-            kept.append(z)
-            accepted.append(rate)
-    draws = torch.stack(kept, 1).reshape(-1, dim)
-    gradients = chains * 2 * (warmup + num_draws)
+    try:
+        for i in tqdm(range(warmup + num_draws), disable=not progress, unit="step"):
+            fresh = base.sample((chains,))
+            fresh_value, fresh_grad, fresh_z = _value_and_grad(density, fresh)
+            log_ratio = (fresh_value - base.log_prob(fresh)) - (value - base.log_prob(x))
+            x, value, grad, z, _ = _accept(
+                log_ratio, (x, value, grad, z), (fresh, fresh_value, fresh_grad, fresh_z)
+            )
+            step = math.exp(log_step)
+            noise = torch.randn_like(x)
+            near = x + 0.5 * step**2 * grad + step * noise
+            near_value, near_grad, near_z = _value_and_grad(density, near)
+            back = (x - near - 0.5 * step**2 * near_grad) / step
+            log_ratio = near_value - value + 0.5 * (noise.square() - back.square()).sum(-1)
+            x, value, grad, z, rate = _accept(
+                log_ratio, (x, value, grad, z), (near, near_value, near_grad, near_z)
+            )
+            if i < warmup:
+                log_step += _ADAPT * (rate - _MALA_RATE)
+            else:
+                kept.append(z)
+                accepted.append(rate)
+    except KeyboardInterrupt:
+        if not accepted:
+            raise
+    draws = torch.stack(kept[: len(accepted)], 1).reshape(-1, dim)
+    gradients = chains * 2 * (warmup + len(accepted))
     return Chains(draws, chains, gradients, sum(accepted) / len(accepted))
 
 

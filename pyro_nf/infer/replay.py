@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.sites import Message, Model
+from pyro_nf.infer.supports import is_flat
+
+# Nothing around a run for a single draw.
+_ONCE: AbstractContextManager[object] = nullcontext()
 
 
 class SetFree(UnconditionMessenger):
@@ -44,9 +50,13 @@ def _log_prob(node: Message) -> Tensor:
     return log_prob
 
 
-def _run(joint: LogJoint, values: Mapping[str, Tensor]) -> dict[str, Any]:
+def _run(
+    joint: LogJoint,
+    values: Mapping[str, Tensor],
+    draws: AbstractContextManager[object] = _ONCE,
+) -> dict[str, Any]:
     """The observed sites of one run; sites given here do not count as observed."""
-    with torch.no_grad(), poutine.block():
+    with torch.no_grad(), poutine.block(), draws:
         model = poutine.condition(joint.model, dict(values))
         trace = poutine.trace(model).get_trace(*joint.args, **joint.kwargs)
     return {name: node for name, node in _observed_nodes(trace).items() if name not in values}
@@ -61,11 +71,20 @@ def _padded(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]
     return padded
 
 
+def _draws(joint: LogJoint, count: int) -> AbstractContextManager[object]:
+    """The plate of the draws, in which what does not depend on them is drawn for each anew."""
+    return pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim)
+
+
 def _forward(
-    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[str, Tensor]
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    draws: AbstractContextManager[object] = _ONCE,
 ) -> dict[str, Message]:
     """The nodes of all sites of one run but those that are given and bare factors."""
-    with torch.no_grad(), poutine.block():
+    with torch.no_grad(), poutine.block(), draws:
         trace = poutine.trace(poutine.condition(model, dict(values))).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = dict(trace.nodes)
     return {
@@ -120,8 +139,7 @@ def predict(
     count = len(next(iter(samples.values())))
     one = _forward(model, args, kwargs, {name: draws[0] for name, draws in samples.items()})
     if joint.kind == "batched":
-        with pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim):
-            nodes = _forward(model, args, kwargs, _padded(joint, samples))
+        nodes = _forward(model, args, kwargs, _padded(joint, samples), _draws(joint, count))
         if all(_agree(nodes[name], node, count) for name, node in one.items()):
             return {
                 name: _natural(nodes[name]["value"], count, node["value"].shape)
@@ -146,6 +164,55 @@ def _agree(batched: Message, one: Message, count: int) -> bool:
     except RuntimeError:  # its shape is another one
         return False
     return torch.allclose(got, wanted, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class _Completed(Messenger):
+    """Gives latents their draws, and draws anew the entries that have no coordinates."""
+
+    def __init__(self, joint: LogJoint, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.joint, self.values = joint, values
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or name not in self.values:
+            return
+        site, value = self.joint.sites[name], self.values[name]
+        if site.keep is not None and not is_flat(msg["fn"]):
+            keep = site.keep.reshape(*site.keep.shape, *(1,) * site.event_dim)
+            value = torch.where(keep, value, msg["fn"].sample())
+        msg["value"] = self.found[name] = value
+
+
+def complete(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws whose entries without coordinates are drawn from their prior, given the others.
+
+    Args:
+        joint: Says which entries have no coordinates: those that are masked.
+        samples: Draws of the latents, ``(S, *shape)`` each, as `LogJoint.unpack` gives them.
+    """
+    samples = dict(samples)
+    partly = [name for name, site in joint.sites.items() if site.keep is not None]
+    if not partly or not len(samples[partly[0]]):
+        return samples
+
+    def run(
+        values: Mapping[str, Tensor], draws: AbstractContextManager[object] = _ONCE
+    ) -> dict[str, Tensor]:
+        completed = _Completed(joint, values)
+        with torch.no_grad(), poutine.block(), completed, draws:
+            joint.model(*joint.args, **joint.kwargs)
+        return completed.found
+
+    count = len(samples[partly[0]])
+    if joint.kind == "batched" and not joint.enumerated_sites:
+        found = run(_padded(joint, samples), _draws(joint, count))
+        return samples | {
+            name: _natural(found[name], count, joint.sites[name].shape) for name in partly
+        }
+    runs = [run({name: draws[i] for name, draws in samples.items()}) for i in range(count)]
+    return samples | {name: torch.stack([found[name] for found in runs]) for name in partly}
 
 
 def observed_values(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,8 +269,7 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     one = next(singles)
     depth = joint.max_batch_ndim
-    with pyro.plate("_draws", count, dim=-1 - depth):
-        nodes = _run(joint, _padded(joint, samples))
+    nodes = _run(joint, _padded(joint, samples), _draws(joint, count))
     return {
         name: _log_prob(node)
         .expand(count, *(1,) * (depth - len(shape)), *shape)

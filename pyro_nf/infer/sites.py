@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
-from torch.distributions.constraints import MixtureSameFamilyConstraint
-from torch.distributions.transforms import ComposeTransform, IndependentTransform
+from torch.distributions import Transform
+
+from pyro_nf.infer.supports import Supported, bijection, event_ladj, is_flat, is_pushed
 
 Model = Callable[..., Any]
 InitLocFn = Callable[..., Tensor]
 Message = Any  # Pyro's message: a dict whose keys depend on the kind of the site
-
-
-@biject_to.register(MixtureSameFamilyConstraint)
-def _of_mixture(support: MixtureSameFamilyConstraint) -> Transform:
-    """The support of a mixture is that of its components; torch has no entry for it."""
-    return biject_to(support.base_constraint)
-
-
-def bijection(name: str, fn: Any) -> Transform:
-    """R^n -> the support of a latent site.
-
-    Args:
-        name: of the site.
-        fn: its distribution.
-
-    Raises:
-        ValueError: the support cannot be mapped.
-    """
-    try:
-        return biject_to(fn.support)
-    except NotImplementedError:
-        raise ValueError(
-            f"latent site {name!r} has support {fn.support}, to which biject_to knows no map from "
-            "R^n. Marginalise, enumerate or condition on it, or write it as a function of a "
-            "latent whose support has one."
-        ) from None
 
 
 def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> InitLocFn:
@@ -58,27 +33,17 @@ def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> I
     """
 
     def init(site: Message) -> Tensor:
+        fn = site["fn"]
         try:
-            return init_loc_fn(site)
+            # Pyro's functions go by the support that a distribution reports.
+            asked = {**site, "fn": Supported(fn)} if is_pushed(fn) else site
+            return init_loc_fn(asked)
         except NotImplementedError:
-            fn = site["fn"]
-        flat = is_flat(fn)
-        transform = bijection(site["name"], fn)
+            flat, transform = is_flat(fn), bijection(site["name"], fn)
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape, dtype=dtype if flat else fn.sample().dtype))
 
     return init
-
-
-def is_flat(fn: Any) -> bool:
-    """Whether a distribution is a flat prior, which has no samples."""
-    return isinstance(_innermost(fn), pyro.distributions.ImproperUniform)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def refuse_subsampled_latents(trace: poutine.Trace) -> None:
@@ -148,6 +113,10 @@ class LatentSite:
         start: first coordinate.
         size: number of coordinates.
         transform: unconstrained -> constrained, as the first run of the model had it.
+        event_dim: how many of the last dimensions of `shape` are one event.
+        keep: which batch entries have coordinates, of the shape of the batch; None for all. The
+            others have neither a prior density nor data: they are at `fixed`.
+        fixed: the unconstrained values of the first run, of `unconstrained_shape`.
     """
 
     name: str
@@ -157,22 +126,108 @@ class LatentSite:
     start: int
     size: int
     transform: Transform
+    event_dim: int = 0
+    keep: Tensor | None = None
+    fixed: Tensor | None = None
 
     def cut(self, z: Tensor, pad: int = 0) -> Tensor:
         """The site's coordinates of z (..., D) as (..., 1 * pad, *unconstrained_shape)."""
-        piece = z[..., self.start : self.start + self.size]
+        piece = self.complete(z[..., self.start : self.start + self.size])
         return piece.reshape(z.shape[:-1] + (1,) * pad + self.unconstrained_shape)
 
+    def complete(self, piece: Tensor) -> Tensor:
+        """Coordinates (..., size) with those of the entries that have none: (..., all)."""
+        if self.keep is None or self.fixed is None:
+            return piece
+        kept = self.kept
+        rest = self.fixed.reshape(-1)[~kept].to(piece)
+        piece = torch.cat([piece, rest.expand(*piece.shape[:-1], -1)], -1)
+        # The coordinates are first, the rest follows; this is where each of all is found.
+        return piece[..., (~kept).long().argsort(stable=True).argsort()]
 
-def is_identity(transform: Transform) -> bool:
-    """Whether a transform leaves everything as it is, as that of a real site does."""
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
+    def flat(self, u: Tensor, lead: torch.Size) -> Tensor:
+        """Unconstrained values (*lead, ..., *unconstrained_shape) as coordinates (*lead, size)."""
+        u = u.reshape(*lead, -1)
+        return u if self.keep is None else u[..., self.kept]
+
+    @property
+    def kept(self) -> Tensor:
+        """Which of all unconstrained values are coordinates, flat."""
+        count = self.unconstrained_shape.numel()
+        if self.keep is None:
+            return torch.ones(count, dtype=torch.bool)
+        event = (1,) * (len(self.unconstrained_shape) - self.batch_ndim)
+        return (
+            self.keep.reshape(*self.keep.shape, *event).expand(self.unconstrained_shape).reshape(-1)
+        )
+
+    def ladj(self, transform: Transform, u: Tensor, value: Tensor) -> Tensor:
+        """log|d value / d u| of each batch entry; 0 where there are no coordinates."""
+        ladj = event_ladj(transform, u, value, self.event_dim)
+        return ladj if self.keep is None else torch.where(self.keep, ladj, 0.0)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each coordinate."""
+        if not self.unconstrained_shape:
+            return [self.name]
+        shape = self.unconstrained_shape
+        kept = self.kept.nonzero().reshape(-1).tolist()
+        if shape.numel() == 1 and self.keep is None:
+            return [self.name]
+        index = [
+            ", ".join(str(i // math.prod(shape[d + 1 :]) % shape[d]) for d in range(len(shape)))
+            for i in kept
+        ]
+        return [f"{self.name}[{i}]" for i in index]
 
 
-def event_ladj(transform: Transform, u: Tensor, value: Tensor, event_dim: int) -> Tensor:
-    """log|d value / d u|, summed over the event: shape value.shape[:-event_dim]."""
-    ladj = transform.log_abs_det_jacobian(u, value)
-    extra = ladj.dim() - (value.dim() - event_dim)
-    return ladj.sum(tuple(range(-extra, 0))) if extra > 0 else ladj
+def latent_sites(
+    trace: poutine.Trace, keeps: Mapping[str, Tensor], skip: Collection[str] = ()
+) -> dict[str, LatentSite]:
+    """Where each latent of a run lies in the flat vector.
+
+    Args:
+        trace: one run of the model.
+        keeps: which batch entries of some sites have coordinates.
+        skip: sites that have none.
+
+    Raises:
+        ValueError: a support that cannot be mapped.
+    """
+    sites: dict[str, LatentSite] = {}
+    start = 0
+    for name, node in latent_nodes(trace).items():
+        fn, value, keep = node["fn"], node["value"], keeps.get(name)
+        if name in skip or (keep is not None and not bool(keep.any())):
+            continue
+        transform = bijection(name, fn)
+        u = transform.inv(value).detach()
+        site = LatentSite(
+            name,
+            value.shape,
+            u.shape,
+            value.dim() - fn.event_dim,
+            start,
+            u.numel(),
+            transform,
+            fn.event_dim,
+            keep,
+            None if keep is None else u,
+        )
+        if keep is not None:
+            site = replace(site, size=int(site.kept.sum()))
+        sites[name] = site
+        start += site.size
+    return sites
+
+
+def latent_nodes(trace: poutine.Trace) -> dict[str, Any]:
+    """The nodes of a run that were drawn, subsamples aside."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+        if not isinstance(node["fn"], _Subsample)
+    }

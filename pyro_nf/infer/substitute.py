@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
-from pyro_nf.infer.sites import LatentSite, Message, bijection, event_ladj, is_identity
+from pyro_nf.infer.sites import LatentSite, Message
+from pyro_nf.infer.supports import bijection, is_identity
 
 
 class TraceTimeout(Exception):
@@ -70,6 +71,7 @@ class Substitute(Messenger):
         dynamic: whether supports depend on latents.
         centring: what places the coordinates of some sites by their priors.
         uncentre: whether z is plain, and the centred coordinates are looked for.
+        fixed: values of latents that have no coordinates, since nothing depends on them.
 
     Attributes:
         values: of the latents, as the model sees them.
@@ -87,6 +89,7 @@ class Substitute(Messenger):
         dynamic: bool,
         centring: Mapping[str, SiteCentring] | None = None,
         uncentre: bool = False,
+        fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.sites = sites
@@ -95,6 +98,7 @@ class Substitute(Messenger):
         self.dynamic = dynamic
         self.centring = centring or {}
         self.uncentre = uncentre
+        self.fixed = fixed or {}
         self.values: dict[str, Tensor] = {}
         self.coordinates: dict[str, Tensor] = {}
         self.ladjs: list[Tensor] = []
@@ -110,6 +114,9 @@ class Substitute(Messenger):
             return
         self.last_site = name
         site = self.sites.get(name)
+        if name in self.fixed:
+            msg["value"] = self.fixed[name]
+            return
         if site is None:
             if msg["infer"].get("enumerate") == "parallel":
                 return
@@ -124,7 +131,7 @@ class Substitute(Messenger):
         value = transform(u)
         msg["value"] = self.values[name] = value
         if not is_identity(transform):
-            self._add(event_ladj(transform, u, value, fn.event_dim))
+            self._add(site.ladj(transform, u, value))
 
     def _centred(self, site: LatentSite, fn: Any, u: Tensor) -> Tensor:
         """The plain coordinates of a site; notes those on the other side, and the ladj."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,16 @@ from torch import Tensor
 
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.joint import LinAlgError, LogJoint
+from pyro_nf.infer.metered import Metered
 from pyro_nf.infer.start import Start
+from pyro_nf.train.budget import Budget, Clock, OutOfTime
 
 # Share of the particles whose effective number survives a cooling step.
 _SURVIVORS = 0.5
 _COUNT_LEAPFROGS = 4
 _COUNT_MOVES = 3
+# A cloud takes some ten steps of cooling to its end; one that takes so many is not getting there.
+_FEW_COOLINGS, _MOST_COOLINGS = 5, 300
 _WANTED_ACCEPTANCE = 0.7
 # Runs of expectation maximisation from other centres; the best likelihood wins.
 _TRIES = 5
@@ -54,14 +58,14 @@ def _root(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tempered_cloud(
-    joint: LogJoint,
+    joint: LogJoint | Metered,
     loc: Tensor,
     scale_tril: Tensor,
     *,
     count: int = 512,
-    max_seconds: float = 1.0,
+    max_seconds: float | None = 1.0,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> Cloud:
     r"""Cools particles from a Gaussian to the posterior.
 
@@ -74,15 +78,16 @@ def tempered_cloud(
     *Sequential Monte Carlo Samplers* (Del Moral, Doucet, Jasra, 2006).
 
     Args:
-        joint: the log joint.
+        joint: the log joint; one that is metered has its own time, and ``max_seconds`` and
+            ``clock`` do not count.
         loc: m (D,).
         scale_tril: L (D, D); wide enough to cover all modes.
         count: N.
-        max_seconds: of wall time.
+        max_seconds: None for no bound, and no look at a clock.
         seed: of the random numbers.
         clock: what the seconds are counted with.
     """
-    deadline = clock() + max_seconds
+    joint = Metered.of(joint, max_seconds, clock)
     g = torch.Generator().manual_seed(seed)
     dim = len(loc)
 
@@ -103,39 +108,42 @@ def tempered_cloud(
         return tempered, (1 - beta) * slope_w + beta * slope_p, log_p, log_w
 
     z = loc + normals(count, dim) @ scale_tril.mT
-    log_p, log_w = joint.value_and_grad(z)[0], wide(z)[0]
     beta, log_evidence, step = 0.0, 0.0, 0.5
-    while beta < 1 and clock() < deadline:
-        ratio = torch.where(torch.isfinite(log_p), log_p - log_w, -torch.inf)
-        rise = _rise(ratio, 1 - beta)
-        beta = min(1.0, beta + rise)
-        weights = (rise * ratio).double()
-        log_evidence += float(weights.logsumexp(0)) - math.log(count)
-        cumulative = weights.softmax(0).cumsum(0)
-        strata = (torch.arange(count) + torch.rand((), generator=g)).to(cumulative) / count
-        z = z[torch.searchsorted(cumulative, strata * cumulative[-1]).clamp_max(count - 1)]
-        try:
+    with suppress(OutOfTime, LinAlgError):
+        evaluations = _FEW_COOLINGS * _COUNT_MOVES * _COUNT_LEAPFROGS
+        joint.budget.expect(evaluations * joint.price("gradient", count))
+        log_p, log_w = joint.value_and_grad(z)[0], wide(z)[0]
+        for _ in range(_MOST_COOLINGS):
+            ratio = torch.where(torch.isfinite(log_p), log_p - log_w, -torch.inf)
+            rise = _rise(ratio, 1 - beta)
+            weights = (rise * ratio).double()
+            cumulative = weights.softmax(0).cumsum(0)
+            strata = (torch.arange(count) + torch.rand((), generator=g)).to(cumulative) / count
+            z = z[torch.searchsorted(cumulative, strata * cumulative[-1]).clamp_max(count - 1)]
+            log_evidence += float(weights.logsumexp(0)) - math.log(count)
+            next_beta = min(1.0, beta + rise)
             _, root = _root(z)
-        except LinAlgError:
-            break
-        value, slope, log_p, log_w = density(z, beta)
-        for _ in range(_COUNT_MOVES):
-            momentum = normals(count, dim)
-            new, force, p = z, slope, momentum
-            for _ in range(_COUNT_LEAPFROGS):
-                p = p + 0.5 * step * force @ root
-                new = new + step * p @ root.mT
-                new_value, force, new_log_p, new_log_w = density(new, beta)
-                p = p + 0.5 * step * force @ root
-            gain = new_value - value - 0.5 * (p**2 - momentum**2).sum(-1)
-            chance = gain.exp().clamp_max(1.0).nan_to_num(0.0)
-            ok = torch.rand(count, generator=g).to(chance) < chance
-            keep = ok.unsqueeze(-1)
-            z, slope = torch.where(keep, new, z), torch.where(keep, force, slope)
-            value, log_p = torch.where(ok, new_value, value), torch.where(ok, new_log_p, log_p)
-            log_w = torch.where(ok, new_log_w, log_w)
-            step *= 1.3 if float(chance.mean()) > _WANTED_ACCEPTANCE else 0.75
-            step = min(step, 1.2)
+            value, slope, log_p, log_w = density(z, next_beta)
+            for _ in range(_COUNT_MOVES):
+                momentum = normals(count, dim)
+                new, force, p = z, slope, momentum
+                for _ in range(_COUNT_LEAPFROGS):
+                    p = p + 0.5 * step * force @ root
+                    new = new + step * p @ root.mT
+                    new_value, force, new_log_p, new_log_w = density(new, next_beta)
+                    p = p + 0.5 * step * force @ root
+                gain = new_value - value - 0.5 * (p**2 - momentum**2).sum(-1)
+                chance = gain.exp().clamp_max(1.0).nan_to_num(0.0)
+                ok = torch.rand(count, generator=g).to(chance) < chance
+                keep = ok.unsqueeze(-1)
+                z, slope = torch.where(keep, new, z), torch.where(keep, force, slope)
+                value, log_p = torch.where(ok, new_value, value), torch.where(ok, new_log_p, log_p)
+                log_w = torch.where(ok, new_log_w, log_w)
+                step *= 1.3 if float(chance.mean()) > _WANTED_ACCEPTANCE else 0.75
+                step = min(step, 1.2)
+            beta = next_beta  # complete only after the moves, without which particles are copies
+            if beta >= 1:
+                break
     return Cloud(z, log_evidence, beta >= 1)
 
 
@@ -156,7 +164,12 @@ def _rise(ratio: Tensor, most: float) -> float:
 
 
 def fit_mixture(
-    z: Tensor, count_components: int, *, count_steps: int = 40, seed: int = 0
+    z: Tensor,
+    count_components: int,
+    *,
+    count_steps: int = 40,
+    seed: int = 0,
+    budget: Budget | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A Gaussian mixture with full covariances by expectation maximisation.
 
@@ -165,15 +178,23 @@ def fit_mixture(
         count_components: K.
         count_steps: of the iteration.
         seed: of the first centres, which are drawn far from each other.
+        budget: what it may take; None for no bound.
 
     Returns:
         Log weights (K,), means (K, D) and lower roots of the covariances (K, D, D).
+
+    Raises:
+        OutOfTime: if it does not come to its end in time.
     """
     g = torch.Generator().manual_seed(seed)
     mean, root = _root(z)
     # In whitened coordinates distances mean something.
     x = torch.linalg.solve_triangular(root.mT, z - mean, upper=True, left=False).double()
-    tries = [_expectation_maximisation(x, count_components, count_steps, g) for _ in range(_TRIES)]
+    budget = budget or Budget()
+    tries = [
+        _expectation_maximisation(x, count_components, count_steps, g, budget)
+        for _ in range(_TRIES)
+    ]
     _, log_weights, centres, L = max(tries, key=lambda result: result[0])
     root64 = root.double()
     means = mean + (centres @ root64.mT).to(z)
@@ -181,7 +202,7 @@ def fit_mixture(
 
 
 def _expectation_maximisation(
-    x: Tensor, count_components: int, count_steps: int, g: torch.Generator
+    x: Tensor, count_components: int, count_steps: int, g: torch.Generator, budget: Budget
 ) -> tuple[float, Tensor, Tensor, Tensor]:
     """Log likelihood, log weights, means and lower roots, from random centres."""
     n, dim = x.shape
@@ -192,6 +213,7 @@ def _expectation_maximisation(
         centres = torch.cat([centres, x[torch.multinomial(distance, 1, generator=g)]])
     share = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(-1), count_components).to(x)
     for _ in range(count_steps):
+        budget.expect()
         mass = share.sum(0) + 1e-6
         centres = share.mT @ x / mass.unsqueeze(-1)
         centred = (x - centres.unsqueeze(1)) * (share.mT / mass.unsqueeze(-1)).sqrt().unsqueeze(-1)
@@ -257,7 +279,9 @@ def mixture_draws(base: GaussianMixture, count: int) -> tuple[Tensor, Tensor]:
     return x.reshape(-1, dim), weights.reshape(-1)
 
 
-def mixture_elbo(joint: LogJoint, base: GaussianMixture, count: int = 512, seed: int = 0) -> float:
+def mixture_elbo(
+    joint: LogJoint | Metered, base: GaussianMixture, count: int = 512, seed: int = 0
+) -> float:
     """The ELBO of a Gaussian mixture, by stratified draws."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -275,15 +299,17 @@ _COUNTS = (2, 3, 4, 6, 8)
 _FAR_BELOW = 50.0
 # The cloud starts so many times wider than what is known, and again from what it found.
 _WIDER, _ROUNDS = 1.5, 3
+# Share of the time of all that the mixtures of one cloud may take.
+_MIXTURES_SHARE = 0.4
 
 
 def separated_mixture(
-    joint: LogJoint,
+    joint: LogJoint | Metered,
     start: Start,
     *,
-    max_seconds: float = 1.0,
+    max_seconds: float | None = 1.0,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> GaussianMixture | None:
     """A Gaussian mixture for a posterior in pieces, or None if it has but one.
 
@@ -292,55 +318,77 @@ def separated_mixture(
     components the density falls far below that at both.
 
     Args:
-        joint: the log joint.
+        joint: the log joint; one that is metered has its own time, and ``max_seconds`` and
+            ``clock`` do not count.
         start: of :func:`~pyro_nf.infer.start.laplace_start`.
-        max_seconds: for the cloud; without a complete one there is no mixture.
+        max_seconds: for all of it; without a complete cloud there is no mixture. None for no bound,
+            and no look at a clock.
         seed: of the random numbers.
         clock: what the seconds are counted with.
     """
-    if start.scale.dim() == 1:
-        return None
-    near = [mode.loc for mode in start.modes if mode.elbo > start.elbo - _FAR_BELOW]
-    points = torch.stack([start.loc, *near])
-    centred = points - points.mean(0)
-    cov = _WIDER**2 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
-    try:
-        wide = torch.linalg.cholesky(cov.double()).to(cov)
-    except LinAlgError:
-        return None
-    deadline, loc, best = clock() + max_seconds, points.mean(0), None
-    # What the start does not reach may lie within reach of the pieces that it does.
-    for _ in range(_ROUNDS):
-        left = deadline - clock()
-        cloud = tempered_cloud(joint, loc, wide, max_seconds=left, seed=seed, clock=clock)
-        if not cloud.is_complete:
-            break
-        better = _best_mixture(joint, cloud, start.elbo if best is None else best[1], seed)
-        if better is None or _deepest_valley(joint, better[0].means) <= _VALLEY:
-            break
-        best = better
-        loc, root = _root(cloud.z)
-        wide = _WIDER * root
-    return None if best is None else best[0]
+    return PieceSearch(Metered.of(joint, max_seconds, clock), start, seed).run()
+
+
+class PieceSearch:
+    """The search of :func:`separated_mixture`, whose best so far can be had at any time.
+
+    Args:
+        joint: the log joint, with the time that the search may take.
+        start: of :func:`~pyro_nf.infer.start.laplace_start`.
+        seed: of the random numbers.
+
+    Attributes:
+        best: the best mixture so far, or None.
+    """
+
+    def __init__(self, joint: Metered, start: Start, seed: int) -> None:
+        self.joint, self.start, self.seed = joint, start, seed
+        self.best: GaussianMixture | None = None
+
+    def run(self) -> GaussianMixture | None:
+        """Looks for pieces, and again from what it found, until it is done or its time is up."""
+        start, least = self.start, self.start.elbo
+        if start.scale.dim() == 1:
+            return None
+        near = [mode.loc for mode in start.modes if mode.elbo > start.elbo - _FAR_BELOW]
+        points = torch.stack([start.loc, *near])
+        centred = points - points.mean(0)
+        cov = _WIDER**2 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
+        with suppress(OutOfTime, LinAlgError):
+            loc, wide = points.mean(0), torch.linalg.cholesky(cov.double()).to(cov)
+            # What the start does not reach may lie within reach of the pieces that it does.
+            for _ in range(_ROUNDS):
+                cloud = tempered_cloud(self.joint, loc, wide, seed=self.seed)
+                if not cloud.is_complete:
+                    break
+                better = _best_mixture(self.joint, cloud, least, self.seed)
+                if better is None or _deepest_valley(self.joint, better[0].means) <= _VALLEY:
+                    break
+                self.best, least = better
+                loc, root = _root(cloud.z)
+                wide = _WIDER * root
+        return self.best
 
 
 def _best_mixture(
-    joint: LogJoint, cloud: Cloud, least: float, seed: int
+    joint: Metered, cloud: Cloud, least: float, seed: int
 ) -> tuple[GaussianMixture, float] | None:
     """The mixture of the cloud with the best ELBO, if that is above the least by a gain."""
-    best, best_elbo = None, least
+    best, best_elbo, budget = None, least, joint.budget.part(_MIXTURES_SHARE)
     for count in _COUNTS:
         try:
-            mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed))
+            mixture = mixture_of(*fit_mixture(cloud.z, count, seed=seed, budget=budget))
         except (LinAlgError, RuntimeError):
             continue  # more components than the cloud can hold apart
+        except OutOfTime:
+            break
         elbo = mixture_elbo(joint, mixture, seed=seed)
         if elbo > best_elbo + _GAIN:
             best, best_elbo = mixture, elbo
     return None if best is None else (best, best_elbo)
 
 
-def _deepest_valley(joint: LogJoint, means: Tensor) -> float:
+def _deepest_valley(joint: Metered, means: Tensor) -> float:
     """How far (nats) the density falls on the way between any two of the points (K, D)."""
     t = torch.linspace(0, 1, 21).to(means).unsqueeze(-1)
     a, b = torch.triu_indices(len(means), len(means), 1)

@@ -3,3 +3,7 @@
 from pyro_nf.nn.mlp import MLP, Constant
 
 __all__ = ["MLP", "Constant"]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

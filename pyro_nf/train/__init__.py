@@ -30,3 +30,7 @@ __all__ = [
     "train",
     "warm_cosine",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

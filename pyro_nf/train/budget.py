@@ -10,6 +10,10 @@ from dataclasses import dataclass, field, replace
 Clock = Callable[[], float]
 
 
+class OutOfTime(Exception):
+    """What comes next does not fit into what is left of a budget: what there is, is the result."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Steps and seconds that a piece of work may take; its seconds run from when it is made.
@@ -52,6 +56,20 @@ class Budget:
     def seconds_left(self) -> float:
         """Seconds until the end; inf without a bound, and never below 0."""
         return math.inf if self.max_seconds is None else max(self.max_seconds - self.seconds, 0.0)
+
+    @property
+    def has_seconds(self) -> bool:
+        """Whether seconds bound it; if not, nobody needs to look at the clock."""
+        return self.max_seconds is not None and math.isfinite(self.max_seconds)
+
+    def expect(self, seconds: float = 0.0) -> None:
+        """Asks whether there is time for what will take so many seconds.
+
+        Raises:
+            OutOfTime: If there is not.
+        """
+        if self.has_seconds and not self.seconds_left > seconds:
+            raise OutOfTime
 
     def is_spent(self, steps: int = 0) -> bool:
         """Whether nothing is left after so many steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
+from pyro_nf._storage import (
+    InvalidFile,
+    check_same_tensors,
+    load_tensors,
+    refuse_corrupt,
+    save_tensors,
+)
 
 KIND = "training checkpoint"
 
@@ -78,6 +85,10 @@ def load_fit(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Te
         ValueError: If the file is truncated, corrupt or of a newer version.
     """
     tensors, header = load_tensors(path, KIND)
+    if not isinstance(header.get("settings"), dict):
+        raise InvalidFile(
+            f"load: {str(path)!r} is truncated or corrupt (no settings). Use another copy."
+        )
     module = {k.removeprefix("module/"): t for k, t in tensors.items() if k.startswith("module/")}
     return header["settings"], module
 
@@ -95,10 +106,21 @@ def load_state(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, corrupt, of a newer version, of another architecture
-            or of a fit with other settings; the message lists what differs.
+            or of a fit with other data or settings; the message lists what differs.
+        TypeError: If the module has another dtype than the one that was trained.
     """
     tensors, header = load_tensors(path, KIND)
-    source = f"the checkpoint {str(path)!r}"
+    with refuse_corrupt(path):
+        return _read_state(f"the checkpoint {str(path)!r}", tensors, header, module, settings)
+
+
+def _read_state(
+    source: str,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, Any],
+    module: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+) -> TrainingState:
     parts: dict[str, dict[str, Tensor]] = {
         part: {} for part in ("module", "best", "average", "generator")
     }
@@ -114,16 +136,26 @@ def load_state(
         optimizers[i].setdefault(p, {})[name] = scalar
 
     check_same_tensors("train", module, parts["module"], source)
+    check_same_tensors("train", module, parts["best"], source)
+    known = {name: module[name] for name in parts["average"] if name in module}
+    check_same_tensors("train", known, parts["average"], source)
     saved = header["settings"]
+    unknown = [name for name in settings if name not in saved]
+    if unknown and not saved.keys() - settings.keys():
+        raise InvalidFile(
+            f"train: {source} was written by an earlier version or another kind of fit, which kept "
+            f"no record of {', '.join(unknown)}, so nobody can say whether it belongs to this fit. "
+            "Resume with the version that wrote it, or give another file for a new fit."
+        )
     different = [
-        f"{name} was {saved.get(name)!r}, now {settings.get(name)!r}"
+        f"{name} was {saved.get(name)}, now {settings.get(name)}"
         for name in {**saved, **settings}
-        if saved.get(name) != settings.get(name)
+        if not _agree(saved.get(name), settings.get(name))
     ]
     if different:
-        raise ValueError(
-            f"train: {source} is of a fit with other settings: {'; '.join(different)}. "
-            "Resume with the same settings, or give another file for a new fit."
+        raise InvalidFile(
+            f"train: {source} is of a fit with other data or settings: {'; '.join(different)}. "
+            "Resume with the same, or give another file for a new fit."
         )
     device = next((value.device for value in module.values()), torch.device("cpu"))
     return TrainingState(
@@ -134,3 +166,13 @@ def load_state(
         generators=parts["generator"],
         values=header,
     )
+
+
+def _agree(saved: Any, now: Any) -> bool:
+    """Whether two settings are the same; sums of floats differ a little by how they were added."""
+    if isinstance(saved, float) and isinstance(now, float):
+        return math.isclose(saved, now, rel_tol=_RELATIVE) or (saved != saved and now != now)
+    return bool(saved == now)
+
+
+_RELATIVE = 1e-4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -19,6 +18,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.train.baselines import GaussianCopula
 from pyro_nf.train.budget import Budget
 from pyro_nf.train.checkpoint import load_fit
+from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, Minibatches, Stage, adam, train
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.train.start import (
@@ -106,6 +106,9 @@ class DensityFit:
     start: str = ""
     starts: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"DensityFit({self.history!r})\n{self}"
+
     def __str__(self) -> str:
         flow = f"flow, trained from the start {self.start!r}" if self.start else "flow"
         rows = {flow: self.validation}
@@ -181,7 +184,8 @@ def fit_density(
         check_every: Steps between two looks at validation.
         seed: Seed of the fit; the global generators are left as they were.
         progress: Whether to show a progress bar.
-        checkpoint: A file for the state of the fit; if it exists the fit goes on from there.
+        checkpoint: A file for the state of the fit; if it exists the fit goes on from there, if
+            data and settings are those of then. The budget may be another.
         checkpoint_every: Steps between two writes of it, rounded up to a check.
         compile: Whether to compile the loss with ``torch.compile``: a step then took about half as
             long in two dimensions, but compiling some 20 seconds of CPU at the first step, so that
@@ -475,12 +479,19 @@ class _Work:
                 "start": result.start,
                 "base": [type(base).__name__, base.sizes()],
                 "raced_steps": self.raced_steps,
-                "data": _digest(self.table, self.held_out),
-            },
+            }
+            | ({} if options.checkpoint is None else self._marks()),
         )
         result.history = history
         self.best = _State(self.flow)
         self.best_value = min(self.best_value, history.best_value)
+
+    def _marks(self) -> dict[str, str]:
+        """What tells this data from other data."""
+        tables = {"x": self.table, "validation": self.held_out}
+        return {name: digest(table.y) for name, table in tables.items()} | {
+            f"context of {name}": digest(table.context) for name, table in tables.items()
+        }
 
     def _take_up(self, checkpoint: str | os.PathLike[str]) -> None:
         """Give the flow the base and the units of the fit that wrote a checkpoint."""
@@ -544,16 +555,6 @@ def _has_plain_base(flow: Flow) -> bool:
 def _log_scales(units: FixedAffine | None) -> float:
     """What units add to a negative log density."""
     return 0.0 if units is None else units.scale.double().log().sum().item()
-
-
-def _digest(*tables: Table) -> str:
-    """Tells tables apart."""
-    digest = hashlib.sha256()
-    for table in tables:
-        for tensor in (table.y, table.context):
-            if tensor is not None:
-                digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _mean_loss(

@@ -7,8 +7,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pyro_nf._checks import is_count
-from pyro_nf._storage import check_writable
+from pyro_nf._storage import InvalidFile, check_writable, plain, refuse_corrupt
+from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
+from pyro_nf.train.digest import architecture, digest
 from pyro_nf.train.randomness import own_randomness, random_state, set_random_state
 
 MOST_BAD_STEPS = 10
@@ -58,7 +60,9 @@ class History:
     Attributes:
         losses: The loss of every step; nan for a step that was skipped.
         learning_rates: The learning rate of the first parameter group at every step.
-        seconds: The clock at the end of every step, from the start of the fit.
+        seconds: The clock at the end of every step, from the start of the fit; what came before
+            training counts.
+        seconds_before: What came before training, as far as it is known.
         checked_steps: The steps after which the metric was taken; 0 is the start.
         checked_values: The metric there: the validation loss, or the mean loss of the last steps.
         best_step: The step after which the metric was best; the fit ends with that state.
@@ -72,6 +76,7 @@ class History:
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    seconds_before: float = 0.0
     checked_steps: list[int] = field(default_factory=list)
     checked_values: list[float] = field(default_factory=list)
     best_step: int = 0
@@ -79,6 +84,12 @@ class History:
     skipped: list[int] = field(default_factory=list)
     overfits: list[int] = field(default_factory=list)
     stopped: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"History({self.steps} steps, best {self.best_value:.6g} at step {self.best_step}, "
+            f"{len(self.skipped)} skipped, stopped by {self.stopped or 'nothing yet'})"
+        )
 
     @property
     def steps(self) -> int:
@@ -211,15 +222,20 @@ def train(
     checkpoint_every: int = 500,
     settings: Mapping[str, Any] | None = None,
     explain: Callable[[Any], str] | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    seconds_before: float = 0.0,
+    clock: Clock = time.monotonic,
 ) -> History:
     r"""Minimise a loss, keep the best state, and leave the module in it.
 
     The progress that the schedules follow is
-    :math:`\max(\text{step} / \text{max\_steps}, \text{seconds} / \text{max\_seconds})`. Every
+    :math:`\max(\text{step} / \text{max\_steps}, \text{seconds} / \text{max\_seconds})`, where
+    the seconds are those of training. A step that would not end within ``max_seconds``, with a last
+    check after it, is not begun; nor does a loss or a validation have to begin for which there is
+    no time: it may raise :class:`~pyro_nf.train.budget.OutOfTime`. Every
     ``check_every`` steps the metric is taken: ``validate()`` in eval mode and without gradients, or
     else the mean loss since the last check. The best state is copied in memory and put back
-    at the end, whatever ends the fit: the budget, patience, Ctrl-C or an error.
+    at the end, whatever ends the fit: the budget, patience, Ctrl-C or an error. A second Ctrl-C,
+    while the first is attended to, is raised.
 
     With ``average``, what is checked, kept and left in the module is not the last state but a
     moving average of all, which is free of the noise of single steps; steps go on from the last:
@@ -244,7 +260,8 @@ def train(
         batches: Gives the batches; it is started again when it is exhausted.
         validate: Returns the number that is to be small; it decides the best state.
         max_steps: The most steps.
-        max_seconds: The most seconds of the clock, those before a resume included.
+        max_seconds: The most seconds of the clock, those before training and before a resume
+            included.
         check_every: Steps between two checks.
         patience: Stop when the metric has not improved for so many steps (an int) or for this share
             of the budget (a float, for example 0.5); None for never.
@@ -257,8 +274,10 @@ def train(
         checkpoint: A file for the state of the fit. If it exists the fit goes on from there, and
             with ``max_steps`` ends exactly as an uninterrupted one.
         checkpoint_every: Steps between two writes of it, rounded up to a check.
-        settings: What must be the same when a fit is resumed; anything that JSON can hold.
+        settings: What must be the same when a fit is resumed; anything that JSON can hold. The
+            seed, the classes of the module, and tensors that ``batches`` holds are compared anyway.
         explain: Takes the batch whose loss was not finite and says what may be wrong with it.
+        seconds_before: Seconds of ``max_seconds`` that something else took before training.
         clock: Returns the seconds that ``max_seconds`` counts.
 
     Returns:
@@ -290,34 +309,42 @@ def train(
     if checkpoint is not None:
         check_writable(checkpoint)
 
-    budget = _Budget(max_steps, max_seconds, clock)
-    settings = dict(settings or {}) | {
-        "seed": seed,
+    noted: dict[str, Any] = plain(dict(settings or {}), "settings") | {
+        "seed": plain(seed, "seed"),
         "average": average,
         "raise_decay": raise_decay,
     }
-    run = _Run(module, stages, validate, metric, average, settings, explain)
-    history = run.history
+    if checkpoint is not None:
+        noted["network"] = architecture(module)
+        if isinstance(batches, (Minibatches, list, tuple)):
+            noted["batches"] = digest(
+                [batches.tensors, batches.batch_size]
+                if isinstance(batches, Minibatches)
+                else batches
+            )
     was_training = module.training
+    run = _Run(module, stages, validate, metric, average, noted, explain)
+    history = run.history
+    history.seconds_before = seconds_before
     bar = tqdm(total=max_steps, disable=not progress, unit="step")
     try:
+        run.budget = Budget(max_steps, max_seconds, clock, began=clock() - seconds_before)
         with own_randomness(seed):
             if checkpoint is not None and os.path.exists(checkpoint):
                 run.read(checkpoint)
             elif validate is not None:
                 run.check()  # the start counts too: a fit never ends worse than it began
             bar.update(history.steps)
-            budget.start(seconds_before=history.seconds[-1] if history.seconds else 0.0)
             written = history.steps
             source = islice(_again_and_again(batches), history.steps, None)
             history.stopped = ""
             module.train()
-            while not (reason := budget.spent(history) or run.out_of_patience(budget, patience)):
-                run.one_step(next(source), budget, max_grad_norm)
+            while not (reason := run.out_of_budget() or run.out_of_patience(patience)):
+                run.one_step(next(source), max_grad_norm)
                 bar.update()
                 if history.steps % check_every == 0:
                     run.check()
-                    if raise_decay and run.overfits(budget):
+                    if raise_decay and run.overfits():
                         run.decay_more()
                     bar.set_postfix_str(f"{metric} {history.checked_values[-1]:.4f}", refresh=False)
                     if checkpoint is not None and history.steps >= written + checkpoint_every:
@@ -327,42 +354,17 @@ def train(
             if checkpoint is not None and history.steps > written:
                 run.write(checkpoint)
             run.check()
+    except OutOfTime:
+        history.stopped = history.stopped or "max_seconds"
+        run.last_check(seed)
     except KeyboardInterrupt:
         history.stopped = "interrupted"
-        with own_randomness(seed):
-            run.check()  # what was learned since the last check is kept if it is better
+        run.last_check(seed)
     finally:
         _load(module, run.best)
         module.train(was_training)
         bar.close()
     return history
-
-
-class _Budget:
-    """How much of a fit is done, in steps or in seconds, whichever is further."""
-
-    def __init__(
-        self, max_steps: int | None, max_seconds: float | None, clock: Callable[[], float]
-    ) -> None:
-        self.max_steps, self.max_seconds, self.clock = max_steps, max_seconds, clock
-
-    def start(self, seconds_before: float) -> None:
-        self._zero = self.clock() - seconds_before
-
-    def seconds(self) -> float:
-        return self.clock() - self._zero
-
-    def share(self, step: int, seconds: float) -> float:
-        by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_seconds = seconds / self.max_seconds if self.max_seconds else 0.0
-        return min(1.0, max(by_steps, by_seconds))
-
-    def spent(self, history: History) -> str:
-        if self.max_steps is not None and history.steps >= self.max_steps:
-            return "max_steps"
-        if self.max_seconds is not None and self.seconds() >= self.max_seconds:
-            return "max_seconds"
-        return ""
 
 
 class _Run:
@@ -379,6 +381,8 @@ class _Run:
         explain: Callable[[Any], str] | None,
     ) -> None:
         self.module, self.stages, self.validate = module, stages, validate
+        self.budget = Budget()
+        self.step_seconds = self.check_seconds = 0.0
         self.metric, self.settings, self.explain = metric, settings, explain
         self.history = History()
         self.best = _copy(module)
@@ -389,10 +393,27 @@ class _Run:
         ends = [sum(stage.share for stage in stages[: i + 1]) for i in range(len(stages))]
         self.ends = [end / ends[-1] for end in ends]
 
-    def one_step(self, batch: Any, budget: _Budget, max_grad_norm: float | None) -> None:
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the training that is done by a step or a second, whichever is later."""
+        budget, before = self.budget, self.history.seconds_before
+        by_steps = step / budget.max_steps if budget.max_steps else 0.0
+        by_seconds = 0.0
+        if budget.max_seconds is not None and budget.max_seconds > before:
+            by_seconds = (seconds - before) / (budget.max_seconds - before)
+        return min(1.0, max(by_steps, by_seconds))
+
+    def out_of_budget(self) -> str:
+        """Say whether another step, and a check after it, would not end in time, or nothing."""
+        if self.budget.max_steps is not None and self.history.steps >= self.budget.max_steps:
+            return "max_steps"
+        left = self.budget.seconds_left if self.budget.has_seconds else math.inf
+        return "" if left > self.step_seconds + self.check_seconds else "max_seconds"
+
+    def one_step(self, batch: Any, max_grad_norm: float | None) -> None:
         history = self.history
         step = history.steps
-        progress = budget.share(step, budget.seconds())
+        began = self.budget.seconds
+        progress = self.progress(step, began)
         i = min(sum(progress >= end for end in self.ends), len(self.stages) - 1)
         stage, optimizer = self.stages[i], self.stages[i].optimizer
         start = self.ends[i - 1] if i else 0.0
@@ -420,7 +441,8 @@ class _Run:
             self._skip(step, value, batch, optimizer)
         history.losses.append(value if good else math.nan)
         history.learning_rates.append(optimizer.param_groups[0]["lr"])
-        history.seconds.append(budget.seconds())
+        history.seconds.append(self.budget.seconds)
+        self.step_seconds = history.seconds[-1] - began
 
     def _skip(self, step: int, value: float, batch: Any, optimizer: Optimizer) -> None:
         self.history.skipped.append(step)
@@ -449,7 +471,7 @@ class _Run:
         checked = self.history.checked_steps
         return bool(checked) and checked[-1] == self.history.steps
 
-    def out_of_patience(self, budget: _Budget, patience: float | None) -> str:
+    def out_of_patience(self, patience: float | None) -> str:
         """Say whether the metric has not improved for too long, or nothing."""
         history = self.history
         if patience is None or not self.is_checked or history.steps == 0:
@@ -462,13 +484,13 @@ class _Run:
         best_step = next((step for value, step in later if value <= least + PATIENCE_GAIN), 1)
         if isinstance(patience, int):
             return "patience" if history.steps - best_step >= patience else ""
-        return "patience" if self._share_since(best_step, budget) >= patience else ""
+        return "patience" if self._share_since(best_step) >= patience else ""
 
-    def _share_since(self, step: int, budget: _Budget) -> float:
-        now = budget.share(self.history.steps, budget.seconds())
-        return now - budget.share(step, self.history.seconds[step - 1])
+    def _share_since(self, step: int) -> float:
+        now = self.progress(self.history.steps, self.budget.seconds)
+        return now - self.progress(step, self.history.seconds[step - 1])
 
-    def overfits(self, budget: _Budget) -> bool:
+    def overfits(self) -> bool:
         """Say whether the metric has become worse while the loss has become better."""
         steps, values = self.history.checked_steps, self.history.checked_values
         # As for patience, the start does not count.
@@ -478,7 +500,7 @@ class _Run:
         best = min(later, key=values.__getitem__)
         since = max([steps[best], *self.history.overfits[-1:]])
         return (
-            self._share_since(since, budget) >= OVERFIT_SHARE
+            self._share_since(since) >= OVERFIT_SHARE
             and values[-1] > values[best] + OVERFIT_LOSS
             and self._loss_before(-1) < self._loss_before(best)
         )
@@ -514,8 +536,16 @@ class _Run:
         """Take the metric, and keep the state if it is the best so far."""
         if self.is_checked:
             return
+        began = self.budget.seconds
         with nullcontext() if self.average is None else self.average.in_place():
             self._check()
+        self.check_seconds = self.budget.seconds - began
+
+    def last_check(self, seed: int | None) -> None:
+        """Keep what was learned since the last check if it is better."""
+        if self.history.steps > 0:
+            with own_randomness(seed), suppress(OutOfTime):
+                self.check()
 
     def _check(self) -> None:
         history = self.history
@@ -557,16 +587,25 @@ class _Run:
             warnings.warn(f"train: the fit goes on without this checkpoint. {error}", stacklevel=3)
 
     def read(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint."""
         state = load_state(path, _copy(self.module), self.settings)
-        _load(self.module, state.module)
+        with refuse_corrupt(path):
+            self._take(state)
+
+    def _take(self, state: TrainingState) -> None:
         self.best = state.best
+        _load(self.module, state.module)
         if self.average is not None:
             self.average.values = state.average
         for stage, saved in zip(self.stages, state.optimizers, strict=True):
             groups = stage.optimizer.state_dict()["param_groups"]
             stage.optimizer.load_state_dict({"state": saved, "param_groups": groups})
         values = state.values
-        self.history.__dict__.update(values["history"])
+        history = History(**values["history"])
+        _check_history(history)
+        before = self.budget.seconds + (history.seconds[-1] if history.seconds else 0.0)
+        self.budget = replace(self.budget, began=self.budget.clock() - before)
+        self.history.__dict__.update(vars(history))
         for _ in self.history.overfits:
             self._raise_decays()
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
@@ -605,6 +644,22 @@ class _Average:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(values[name])
+
+
+def _check_history(history: History) -> None:
+    """Raise unless a history that was read can be one."""
+    steps = len(history.losses)
+    numbers = (history.losses, history.learning_rates, history.seconds, history.checked_values)
+    counts = (history.checked_steps, history.skipped, history.overfits, [history.best_step])
+    good = (
+        len(history.learning_rates) == len(history.seconds) == steps
+        and len(history.checked_steps) == len(history.checked_values)
+        and all(isinstance(x, (int, float)) for xs in numbers for x in xs)
+        and all(isinstance(i, int) and 0 <= i <= steps for xs in counts for i in xs)
+        and isinstance(history.best_value, (int, float))
+    )
+    if not good:
+        raise InvalidFile("train: the history of the checkpoint is none. Use another copy of it.")
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:

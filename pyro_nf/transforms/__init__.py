@@ -58,3 +58,7 @@ __all__ = [
     "spline_autoregressive",
     "spline_coupling",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

@@ -15,7 +15,14 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions.constraints import independent
 
-from pyro_nf._checks import check_context, check_dims, check_event, joint_batch_shape
+from pyro_nf._checks import (
+    check_context,
+    check_dims,
+    check_dtype,
+    check_event,
+    floating_dtype,
+    joint_batch_shape,
+)
 from pyro_nf.ops.gradients import gradients
 from pyro_nf.ops.spaces import describe, is_within
 
@@ -100,7 +107,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
-            TypeError: If an argument is not a floating tensor.
+            TypeError: If an argument is not a floating tensor of the dtype of the parameters.
         """
         x = self._expand("x", x, context, self.domain)
         y, ladj = _without_needless_graph(*self._forward_and_ladj(x, context))
@@ -119,7 +126,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
-            TypeError: If an argument is not a floating tensor.
+            TypeError: If an argument is not a floating tensor of the dtype of the parameters.
         """
         y = self._expand("y", y, context, self.codomain)
         return _without_needless_graph(*self._inverse_and_ladj(y, context))
@@ -142,7 +149,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
-            TypeError: If an argument is not a floating tensor.
+            TypeError: If an argument is not a floating tensor of the dtype of the parameters.
 
         Example:
             >>> import torch
@@ -192,6 +199,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
         owner = type(self).__name__
         check_event(owner, name, value, self.input_dim, space.event_dim)
         check_context(owner, context, self.context_dim)
+        dtype = floating_dtype(self)
+        check_dtype(owner, name, value, dtype)
+        if context is not None:
+            check_dtype(owner, "context", context, dtype)
         batch_shape = joint_batch_shape(owner, name, value, context, space.event_dim)
         return value.expand(batch_shape + value.shape[value.dim() - space.event_dim :])
 
@@ -219,6 +230,17 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def inv(self) -> FlowTransform:
         """The inverse as a Module with the same parameters."""
         return Inverse(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._described())})"
+
+    def _described(self) -> list[str]:
+        """What is shown in the parentheses."""
+        shown = [] if self.input_dim is None else [f"input_dim={self.input_dim}"]
+        shown += [f"context_dim={self.context_dim}"] if self.context_dim else []
+        shown += [f"fast={self.fast!r}"] if self.fast != "both" else []
+        univariate = getattr(self, "univariate", None)
+        return shown if univariate is None else [type(univariate).__name__, *shown]
 
     # What torch.distributions.Transform asks for.
 
@@ -268,6 +290,9 @@ class Inverse(FlowTransform):
         self.inverse_kind = transform.inverse_kind
         self.domain, self.codomain = transform.codomain, transform.domain
 
+    def _described(self) -> list[str]:
+        return [repr(self.transform)]
+
     @property
     def inv(self) -> FlowTransform:
         return self.transform
@@ -301,10 +326,14 @@ class Conditioned(FlowTransform):
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.input_dim)
         check_context(type(transform).__name__, context, transform.context_dim)
+        check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
         self.transform = transform
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
         self.domain, self.codomain = transform.domain, transform.codomain
         self.register_buffer("context", context, persistent=False)
+
+    def _described(self) -> list[str]:
+        return [repr(self.transform), f"context of shape {tuple(self.context.shape)}"]
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_ladj(x, self.context)
@@ -366,6 +395,13 @@ class Chain(FlowTransform):
         )
         self.domain, self.codomain = parts[0].domain, parts[-1].codomain
 
+    def __repr__(self) -> str:
+        parts = self._parts()
+        lines = [f"({i}): {indented(repr(part))}" for i, part in enumerate(parts)]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES - 2 : -1] = [f"... {len(lines) - _MOST_LINES + 1} more ..."]
+        return "\n  ".join([f"Chain of {len(parts)}, fast={self.fast!r}", *lines])
+
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         ladjs = []
         for part in self._parts():
@@ -404,6 +440,14 @@ def _points(space: constraints.Constraint) -> str:
     """A space in words, with the number of dimensions of its events."""
     kind = {0: "single numbers", 1: "vectors"}.get(space.event_dim, f"{space.event_dim}-D events")
     return f"{kind} in {describe(space)}"
+
+
+_MOST_LINES = 12  # of a chain that is printed
+
+
+def indented(text: str) -> str:
+    """A text whose lines after the first are moved to the right."""
+    return text.replace("\n", "\n  ")
 
 
 def _common_dim(name: str, dims: list[int]) -> int | None:

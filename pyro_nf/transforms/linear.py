@@ -89,7 +89,9 @@ class LULinear(FlowTransform):
         Without ``whiten``, ``L U`` is only the diagonal of standard deviations.
         """
         with torch.no_grad():
-            covariance = shrunk_covariance(y.double())  # nearly equal columns need the digits
+            # nearly equal columns need the digits, which Apple's devices do not have
+            rows = y.cpu() if y.device.type == "mps" else y
+            covariance = shrunk_covariance(rows.double())
             if not whiten:
                 covariance = covariance.diagonal().diag_embed()
             factor = torch.linalg.cholesky(covariance)

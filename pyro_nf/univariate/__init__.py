@@ -20,3 +20,7 @@ __all__ = [
     "Tanh",
     "UnivariateMap",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__"]

@@ -280,7 +280,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "fit"
     fit(checkpoint=path, max_steps=50)
     content = path.read_bytes()
-    with pytest.raises(ValueError, match=r"another architecture|other settings"):
+    with pytest.raises(ValueError, match=r"another architecture|other data or settings"):
         fit(conjugate, checkpoint=path)
     with pytest.raises(ValueError, match="another architecture"):
         fit(guide=AutoFlow(skewed, lambda d: flows.iaf(d, hidden_dims=(9,))), checkpoint=path)
@@ -422,3 +422,103 @@ def test_discrete_latents_are_summed_out(how: str | None) -> None:
     assert set(posterior.predictive(num_draws=3)) == {"which", "y"}
     with pytest.raises(ValueError, match="which"):
         posterior.log_likelihood()
+
+
+def regression(x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    slope = pyro.sample("slope", dist.Normal(torch.tensor(0.0), scale))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+
+X = torch.tensor([0.5, -1.0, 2.0, 0.1])
+X_Y = torch.tensor([1.0, -1.5, 4.5, 0.0])
+ORDER = torch.tensor([1, 0, 3, 2])
+
+
+def closing_over(data: Tensor, scale: float = 2.0):
+    """The data come by a closure, not by an argument."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), scale))
+        with pyro.plate("rows", len(data)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data)
+
+    return model
+
+
+CHANGES = {
+    "other data": ({"args": (X, X_Y + 100)}, r"args\[1\]"),
+    "other units": ({"args": (X * 50 + 1000, X_Y)}, r"args\[0\]"),
+    "other order": ({"args": (X[ORDER], X_Y[ORDER])}, r"args\[0\].*args\[1\].*observed 'y'"),
+    "one number": ({"args": (X, X_Y + torch.eye(4)[2] * 1e-3)}, r"args\[1\]"),
+    "another scale": ({"kwargs": {"scale": 3.0}}, r"kwargs\['scale'\] was 2.0 .*, now 3.0 "),
+    "without scale": ({"kwargs": {}}, r"kwargs\['scale'\]"),
+    "particles": ({"num_particles": 17}, "num_particles was 16, now 17"),
+    "objective": ({"objective": ELBO(Reparameterised())}, "objective"),
+    "seed": ({"seed": 4}, "seed was 0, now 4"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=CHANGES)
+def test_14_a_fit_of_other_data_or_settings_is_not_resumed(change, named, tmp_path) -> None:
+    options = {"args": (X, X_Y), "kwargs": {"scale": 2.0}, "max_steps": 4}
+    options |= {"checkpoint": tmp_path / "fit"}
+    fit(regression, **options)
+    fit(regression, **options | {"args": (X.clone(), X_Y.clone())})  # the same data, elsewhere
+    fit(regression, **options | {"max_steps": 6})  # more of the same
+    content = options["checkpoint"].read_bytes()
+    with pytest.raises(ValueError, match=f"other data or settings: .*{named}"):
+        fit(regression, **options | change)
+    assert options["checkpoint"].read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (closing_over(X_Y + 1), "observed 'y'"),
+        (closing_over(X_Y[ORDER]), "observed 'y'"),
+        (closing_over(X_Y, scale=5.0), "log density at 0"),
+    ],
+)
+def test_14_data_of_a_closure_are_noticed(model, named, tmp_path) -> None:
+    options = {"max_steps": 4, "checkpoint": tmp_path / "fit"}
+    fit(closing_over(X_Y), **options)
+    fit(closing_over(X_Y.clone()), **options)
+    with pytest.raises(ValueError, match=named):
+        fit(model, **options)
+
+
+def test_14_the_number_of_particles_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "checkpoint": tmp_path / "fit"}
+    fit(conjugate, **options)
+    assert "16 particles" in fit(conjugate, **options, num_particles=None).choice
+
+
+def test_25_the_param_store_keeps_a_fit(tmp_path: Path) -> None:
+    result = fit(conjugate)
+    z = torch.linspace(-1, 1, 5).unsqueeze(-1)
+    wanted = result.guide.get_posterior().log_prob(z).detach()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    fresh = AutoFlow(conjugate, small).setup()
+    torch.testing.assert_close(fresh.get_posterior().log_prob(z).detach(), wanted)
+
+
+def test_25_what_is_printed_is_short() -> None:
+    result = fit(conjugate)
+    posterior = result.posterior(50)
+    for thing in (result, result.history, result.joint, posterior, result.guide, AutoFlow(skewed)):
+        assert repr(thing) == str(thing)
+        assert len(repr(thing)) < 1000
+        assert repr(thing).startswith(type(thing).__name__)
+    assert "60 steps" in repr(result)
+    assert "50 draws" in repr(posterior)
+    assert "mu ()" in repr(result.joint)
+
+
+def test_25_no_parameters_before_setup_is_said() -> None:
+    guide = AutoFlow(conjugate)
+    with pytest.warns(UserWarning, match=r"no parameters before guide\.setup"):
+        assert not list(guide.parameters())
+    assert list(guide.setup().parameters())

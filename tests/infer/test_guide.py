@@ -442,7 +442,7 @@ def test_flat_priors_take_the_dtype_of_the_data(loud: bool) -> None:
 
     def model() -> None:
         beta = pyro.sample("beta", dist.ImproperUniform(constraints.real_vector, (), (2,)))
-        loc = x @ beta if loud else x[0] * beta  # a product of matrices refuses to mix dtypes
+        loc = x @ beta if loud else x.sum(0) * beta  # a product of matrices refuses to mix dtypes
         pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=x[0])
 
     guide = check_guide(lambda: AutoFlow(model, small), model)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -9,7 +15,8 @@ from torch import nn
 
 from pyro_nf import _storage
 from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
-from pyro_nf.train.loop import Stage, adam, train
+from pyro_nf.train.digest import digest
+from pyro_nf.train.loop import Minibatches, Stage, adam, train
 
 
 def run(path, width: int = 3, **options: object):
@@ -69,10 +76,10 @@ def test_checkpoint_of_other_settings(tmp_path):
 
 def test_newer_version(tmp_path, monkeypatch):
     path = tmp_path / "fit.safetensors"
-    monkeypatch.setattr(_storage, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(_storage, "FORMAT_VERSION", 3)
     run(path)
-    monkeypatch.setattr(_storage, "FORMAT_VERSION", 1)
-    with pytest.raises(ValueError, match=r"format version 2.*up to 1.*Upgrade"):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format version 3.*up to 2.*Upgrade"):
         run(path)
 
 
@@ -111,3 +118,102 @@ def test_differences_are_listed_and_cut_short():
         check_same_tensors("load", wanted, {"other": torch.zeros(1)}, "the file")
     with pytest.raises(ValueError, match="other is not known here"):
         check_same_tensors("load", {}, {"other": torch.zeros(1)}, "the file")
+
+
+def test_14_a_checkpoint_without_marks_is_not_trusted(tmp_path):
+    path = tmp_path / "fit.safetensors"
+    run(path)
+    tensors, header = load_tensors(path, "training checkpoint")
+    del header["settings"]["network"]
+    save_tensors(path, "training checkpoint", tensors, header)
+    with pytest.raises(ValueError, match=r"earlier version.*no record of network"):
+        run(path)
+
+
+def test_14_batches_are_compared(tmp_path):
+    rows = torch.arange(12.0).reshape(4, 3)
+    run(tmp_path / "fit", batches=Minibatches((rows,), 2))
+    run(tmp_path / "fit", batches=Minibatches((rows.clone(),), 2))
+    for other in (Minibatches((rows.flip(0),), 2), Minibatches((rows,), 3), [rows]):
+        with pytest.raises(ValueError, match="batches was"):
+            run(tmp_path / "fit", batches=other)
+
+
+DIGESTS = """
+import functools, numpy as np, torch
+from pyro_nf.train.digest import digest
+generator = torch.Generator().manual_seed(0)
+values = [
+    torch.randn(3, 2, generator=generator), {"b": 1, "a": [None, True, "x"]}, {"x", "y", "z"},
+    np.arange(3.0), 1, 1.5, float("nan"), 1j, b"x", torch.nn.Linear, functools.partial(max, 1),
+    np.array(["a", None], dtype=object), torch.float32, slice(1, 2), object(),
+]
+print([digest(value) for value in values])
+"""
+
+
+def test_14_digests_are_the_same_in_every_process():
+    shown = {
+        subprocess.run(
+            [sys.executable, "-c", DIGESTS],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(shown) == 1
+    assert "float32 (3, 2)" in shown.pop()
+
+
+def test_14_digests_differ_where_values_do():
+    x = torch.arange(6.0)
+    values = [
+        x, x.double(), x.reshape(2, 3), x.flip(0), x + 1e-6, -x, x.int(), x.half(), x.bfloat16(),
+        [x], [[x]], [x, x], {"x": x}, {"y": x}, (), [()], {}, None, 0, False, 0.0, "", b"", "0",
+        0j, nn.ReLU, nn.ReLU(), nn.Tanh(), torch.empty(0), torch.empty(0, 2), x > 2,
+        torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 2.0),
+    ]  # fmt: skip
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest(x) == digest(x.numpy()) == digest(nn.Parameter(x))
+    assert digest(x.reshape(2, 3).T) == digest(x.reshape(2, 3).T.contiguous())
+    loop: list[object] = []
+    loop.append(loop)
+    assert digest(loop) == digest(loop)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [7, {}, {"losses": "abc"}, {"losses": [1.0]}, {"unknown": 1}, {"best_step": -1}, None],
+)
+def test_18_a_hostile_checkpoint_is_one_value_error(history, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    run(path)
+    tensors, header = load_tensors(path, "training checkpoint")
+    whole = header["history"]
+    hostile = whole | history if isinstance(history, dict) and history else history
+    save_tensors(path, "training checkpoint", tensors, header | {"history": hostile})
+    if history == {}:
+        header.pop("history")
+        save_tensors(path, "training checkpoint", tensors, header)
+    with pytest.raises(ValueError, match=r"corrupt|is none"):
+        run(path)
+
+
+@pytest.mark.parametrize("key", ["settings", "optimizers", "optimizer_scalars", "generators"])
+@pytest.mark.parametrize("value", [None, 7, "x", [[1]]])
+def test_18_hostile_entries_of_a_checkpoint(key, value, tmp_path):
+    path = tmp_path / "fit.safetensors"
+    run(path)
+    tensors, header = load_tensors(path, "training checkpoint")
+    save_tensors(path, "training checkpoint", tensors, header | {key: value})
+    with pytest.raises(ValueError, match=r"corrupt|earlier version"):
+        run(path)
+
+
+def test_18_settings_of_numpy_are_written(tmp_path):
+    path = tmp_path / "fit.safetensors"
+    for _ in range(2):
+        run(path, seed=np.int64(3), settings={"n": np.int64(2), "rate": np.float32(0.5)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -418,3 +419,74 @@ def test_the_end_is_written_wherever_it_lies(tmp_path: Path) -> None:
     history = train(module, stage, max_steps=60, check_every=50, checkpoint=path, progress=False)
     assert history.steps == 60
     assert path.exists()
+
+
+@pytest.mark.parametrize("step", [0.1, 1.0, 7.0, 30.0])
+@pytest.mark.parametrize("check", [0.0, 2.0])
+@pytest.mark.parametrize("before", [0.0, 6.0])
+def test_8_training_ends_in_time_with_its_last_check(step, check, before):
+    now = 100.0
+    module = Quadratic()
+    plain = module.loss
+
+    def loss(batch: Tensor | None) -> Tensor:
+        nonlocal now
+        now += step
+        return plain(batch)
+
+    def validate() -> float:
+        nonlocal now
+        now += check
+        return float((module.w.detach() - 3).square().sum())
+
+    history = train(
+        module,
+        Stage(loss, adam(module.parameters(), 0.1)),
+        validate=validate,
+        max_seconds=20.0,
+        check_every=4,
+        seconds_before=before,
+        progress=False,
+        clock=lambda: now,
+    )
+    assert history.stopped == "max_seconds"
+    assert history.checked_steps[-1] == history.steps
+    assert now - 100.0 + before <= max(20.0, before + step + 2 * check) + 1e-9  # the first is tried
+    assert now - 100.0 + before + 2 * step + 2 * check > 20.0
+
+
+@pytest.mark.parametrize("interrupted_check", [1, 2, 4])
+def test_15_ctrl_c_in_a_check_keeps_the_best_state(interrupted_check):
+    module, checks = Quadratic(), 0
+
+    def validate() -> float:
+        nonlocal checks
+        checks += 1
+        if checks == interrupted_check:
+            raise KeyboardInterrupt
+        return float((module.w.detach() - 3).square().sum())
+
+    history = fit(module, validate=validate, average=0.9)
+    assert history.stopped == "interrupted"
+    assert history.steps == 10 * (interrupted_check - 1)
+    assert history.best_step == history.steps
+    assert module.w.isfinite().all() and module.training
+
+
+def test_15_ctrl_c_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
+    path, module, writes = tmp_path / "fit.safetensors", Quadratic(), 0
+    replace = os.replace
+
+    def interrupted(source: object, target: object) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    history = fit(module, checkpoint=path, checkpoint_every=20)
+    assert (history.stopped, history.steps) == ("interrupted", 40)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    resumed = fit(Quadratic(), checkpoint=path, checkpoint_every=20)
+    assert resumed.losses == fit(Quadratic()).losses
