@@ -19,8 +19,8 @@ from pyro_nf.infer.climbs import BatchedLBFGS
 from pyro_nf.infer.gaussians import MAX_FULL_DIM, diagonal_precision, laplace_scale
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.sites import init_anywhere
-from pyro_nf.infer.supports import bijection
 from pyro_nf.infer.substitute import fast_pyro
+from pyro_nf.infer.supports import bijection
 from pyro_nf.train.budget import Budget
 
 # What a call of an operation and one of its numbers count, in seconds of a machine that serves as

@@ -121,7 +121,8 @@ def every_kind() -> None:
     """Sites of all shapes, constrained ones, a flat one."""
     mu = pyro.sample("mu", dist.Normal(torch.tensor(3.0), 2.0))
     tau = pyro.sample("tau", dist.LogNormal(torch.tensor(1.0), 0.5))
-    pyro.sample("flat", dist.ImproperUniform(constraints.real, (), (2,)))
+    flat = pyro.sample("flat", dist.ImproperUniform(constraints.real, (), (2,)))
+    pyro.sample("seen", dist.Normal(flat, 1.0).to_event(1), obs=torch.zeros(2))
     with pyro.plate("row", 4), pyro.plate("column", 3):
         pyro.sample("x", dist.Normal(mu, tau))
         pyro.sample("v", dist.Normal(mu.unsqueeze(-1), torch.ones(2)).to_event(1))

@@ -648,7 +648,7 @@ def test_6_a_model_that_draws_what_it_does_not_use_is_not_random() -> None:
 
 
 def test_5_khat_of_equal_weights_is_a_word_where_people_read_it() -> None:
-    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d)).setup()
+    guide = AutoFlow(conjugate, lambda d: flows.gaussian(d), init_scale=1.0).setup()
     with torch.no_grad():
         guide.coordinates.loc.fill_(EXACT_MEAN)
         guide.coordinates.scale.fill_(EXACT_SD)
