@@ -109,6 +109,8 @@ def solve(
         >>> torch.allclose(z, Affine().forward_and_ladj(v, net(z))[0], atol=1e-5)
         True
     """
+    if torch._C._get_tracing_state() is not None:
+        return _by_coordinates(net, g, v, context)
     layers = cast(Sequence[MaskedLinear], net.layers)
     plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups, leaf)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -135,6 +137,21 @@ def _parameters_of(g: Map) -> Iterator[Tensor]:
     """Those of the Module that ``g`` is a method of; of anything else there are none."""
     owner = getattr(g, "__self__", None)
     return owner.parameters() if isinstance(owner, nn.Module) else iter(())
+
+
+def _by_coordinates(
+    net: MaskedNet, g: Map, v: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The solution by one pass a coordinate, which ``torch.jit.trace`` can record.
+
+    It records neither gradients by hand nor what is chosen by the numbers.
+    """
+    z = torch.zeros_like(v)
+    for i in range(net.input_dim):
+        z_i = g(v, net(z, context))[0][..., i : i + 1]
+        z = torch.cat([z[..., :i], z_i, z[..., i + 1 :]], -1)
+    z, ladj = g(v, net(z, context))
+    return z, ladj.sum(-1)
 
 
 @torch.compiler.disable
