@@ -14,6 +14,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import (
+    check_context,
+    check_count,
+    check_draws,
+    check_ends,
+    check_finite,
+    check_has,
+    check_kind,
+    check_log_weights,
+    check_seed,
+    check_tensor,
+    is_sequence,
+    shown,
+)
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.entries import entries
 
@@ -76,6 +90,9 @@ class LossHistory(Protocol):
     best_step: int
 
 
+_ATTRIBUTES = ("losses", "checked_steps", "checked_values", "best_step")
+
+
 class WeightsLike(Protocol):
     """What :func:`weights_plot` draws; :class:`pyro_nf.infer.weights.Weights` is one."""
 
@@ -131,15 +148,28 @@ def plot_density(
         >>> [axes.get_title() for axes in figure.axes]
         ['Samples', 'Density']
     """
+    check_kind("plot_density", "flow", flow, Flow)
+    check_count("plot_density", "num_samples", num_samples)
+    check_count("plot_density", "resolution", resolution, at_least=2)
+    check_seed("plot_density", seed)
     if flow.input_dim > 2:
         raise ValueError(
             f"plot_density: the flow has input_dim {flow.input_dim}, wanted 1 or 2; draw its "
             "samples with pair_plot."
         )
+    check_tensor("plot_density", "data", data, (None, flow.input_dim), optional=True)
+    if data is not None and not len(data):
+        raise ValueError("plot_density: data must have at least one row, got none.")
+    check_context("plot_density", context, flow.context_dim)
+    if context is not None:
+        check_tensor("plot_density", "context", context, (flow.context_dim,))
+    if bounds is not None:
+        _check_bounds(bounds, flow.input_dim)
     d = flow(context)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         samples = d.sample((num_samples,))
+        check_finite("plot_density", "a sample of the flow", samples)
         if bounds is None:
             bounds = _bounds(samples if data is None else data)
         axes = [torch.linspace(low, high, resolution).to(samples) for low, high in bounds]
@@ -152,6 +182,16 @@ def plot_density(
     if flow.input_dim == 1:
         return _density_of_one(shown, axes[0].cpu(), density, bounds[0])
     return _density_of_two(shown, density, bounds)
+
+
+def _check_bounds(bounds: Sequence[tuple[float, float]], input_dim: int) -> None:
+    if not is_sequence(bounds) or len(bounds) != input_dim:
+        raise TypeError(
+            f"plot_density: bounds must be a list of {input_dim} pair(s) (low, high), got "
+            f"{shown(bounds)}."
+        )
+    for ends in bounds:
+        check_ends("plot_density", "every entry of bounds", ends)
 
 
 def _bounds(rows: Tensor, margin: float = 0.1) -> list[tuple[float, float]]:
@@ -245,10 +285,17 @@ def pair_plot(
         >>> figure.axes[-1].get_xlabel()
         'theta[1]'
     """
+    check_draws("pair_plot", "samples", samples)
+    if other is not None:
+        check_draws("pair_plot", "other", other)
+    check_kind("pair_plot", "label", label, str)
     columns = dict(islice(entries(samples), MOST_ENTRIES))
     beside = {} if other is None else {k: v for k, v in entries(other) if k in columns}
-    if not columns or not all(len(column) for column in columns.values()):
-        raise ValueError("pair_plot: wanted draws of at least one site, got none.")
+    if other is not None and not beside:
+        raise ValueError(
+            f"pair_plot: other must have a site of samples, got {list(other)}, wanted one of "
+            f"{list(samples)}."
+        )
     names, size = list(columns), len(columns)
     with _style():
         figure = _figure(*[max(2.1 * size, 4.2)] * 2)
@@ -314,6 +361,8 @@ def loss_curve(history: LossHistory, *, ylabel: str = "loss") -> Figure:
         >>> figure.axes[0].get_xlabel()
         'step'
     """
+    check_has("loss_curve", "history", history, _ATTRIBUTES, "a history of a fit, as fit.history")
+    check_kind("loss_curve", "ylabel", ylabel, str)
     losses = torch.tensor(history.losses, dtype=torch.float64)
     steps = torch.arange(1, len(losses) + 1)
     finite = losses.isfinite()
@@ -368,6 +417,15 @@ def weights_plot(weights: WeightsLike) -> Figure:
         >>> figure.axes[0].get_title()
         'k-hat 0.30, effective sample size 40 of 100'
     """
+    check_has(
+        "weights_plot",
+        "weights",
+        weights,
+        ("raw", "smoothed", "khat", "ess"),
+        "importance weights, as posterior.weights",
+    )
+    check_log_weights("weights_plot", "weights.raw", weights.raw)
+    check_log_weights("weights_plot", "weights.smoothed", weights.smoothed, len(weights.raw))
     count = len(weights.raw)
     rank = torch.arange(1, count + 1)
     log_mean = weights.smoothed.logsumexp(0) - math.log(count)

@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.func import functional_call, jacrev, vmap
 
+from pyro_nf._checks import (
+    check_arguments,
+    check_callable,
+    check_count,
+    check_counts,
+    check_kind,
+    check_number,
+    check_seed,
+)
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.spaces import ends
 from pyro_nf.transforms.base import FlowTransform
-from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.base import HINT, UnivariateMap
 
 M = TypeVar("M", bound=nn.Module)
 G = TypeVar("G", bound=Any)  # a guide: AutoFlow, which lives a floor above
@@ -48,6 +57,9 @@ def randomize(module: M, scale: float = 0.3, seed: int = 0) -> M:
         >>> bool((randomize(ActNorm(2)).bias == 0).any())
         False
     """
+    check_kind("randomize", "module", module, nn.Module)
+    check_number("randomize", "scale", scale, "a number >= 0", at_least=0)
+    check_seed("randomize", seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -76,8 +88,12 @@ def points(
         >>> bool((points(constraints.positive, (3,)) > 0).all())
         True
     """
+    check_kind("points", "space", space, constraints.Constraint)
+    check_counts("points", "shape", shape, at_least=0, empty=True)
+    check_kind("points", "dtype", dtype, torch.dtype)
+    check_seed("points", seed)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
     return biject_to(space)(noise).to(dtype)
 
 
@@ -106,6 +122,7 @@ def check_univariate(univariate: UnivariateMap) -> None:
         >>> from pyro_nf.univariate.affine import Affine
         >>> check_univariate(Affine())
     """
+    check_kind("check_univariate", "univariate", univariate, UnivariateMap, HINT)
     name, p = type(univariate).__name__, univariate.num_params
     x = points(univariate.domain, (50, 4)).sort(0).values
     params = points(constraints.real, (50, 4, p), seed=2)
@@ -473,6 +490,7 @@ def check_transform(transform: FlowTransform) -> None:
         >>> from pyro_nf.transforms.linear import LULinear
         >>> check_transform(LULinear(3))
     """
+    check_kind("check_transform", "transform", transform, FlowTransform)
     transform = randomize(copy.deepcopy(transform)).double()
     for law in TRANSFORM_LAWS:
         law(transform)
@@ -588,6 +606,7 @@ def check_flow(flow: Flow) -> None:
         >>> from pyro_nf.flows.recipes import realnvp
         >>> check_flow(realnvp(2))
     """
+    check_kind("check_flow", "flow", flow, Flow)
     flow = randomize(copy.deepcopy(flow)).double()
     for law in FLOW_LAWS:
         law(flow)
@@ -629,6 +648,9 @@ def check_guide(
     from pyro.infer import SVI, Trace_ELBO
     from pyro.optim.optim import PyroOptim
 
+    check_callable("check_guide", "make_guide", make_guide, "a function of nothing", count=0)
+    check_arguments("check_guide", model, args, None)
+    check_count("check_guide", "draws", draws)
     store = pyro.get_param_store()
     store.clear()
     guide = make_guide()

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_dims
+from pyro_nf._checks import check_count, check_event, numbers_of, size_of
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -28,7 +28,7 @@ class Base(nn.Module, ABC):
 
     def __init__(self, input_dim: int) -> None:
         super().__init__()
-        check_dims(type(self).__name__, input_dim, 0)
+        check_count(type(self).__name__, "input_dim", input_dim)
         self.input_dim = input_dim
 
     def sizes(self) -> dict[str, int]:
@@ -49,6 +49,7 @@ class Base(nn.Module, ABC):
         Args:
             x: Shape ``(..., D)``.
         """
+        check_event(type(self).__name__, "x", x, self.input_dim, 1)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             log_prob = self().log_prob(leaf)
@@ -79,16 +80,20 @@ class DiagonalNormal(Base):
         self, input_dim: int, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0
     ) -> None:
         super().__init__(input_dim)
-        loc, scale = torch.as_tensor(loc), torch.as_tensor(scale)
-        if not bool((scale > 0).all()):
-            raise ValueError(f"DiagonalNormal: scale must be positive, got {scale.tolist()}.")
-        self.register_buffer("loc", loc.expand(input_dim).clone())
-        self.register_buffer("scale", scale.expand(input_dim).clone())
+        means = numbers_of("DiagonalNormal", "loc", loc, input_dim)
+        scales = numbers_of("DiagonalNormal", "scale", scale, input_dim)
+        if not bool((scales > 0).all()):
+            raise ValueError(f"DiagonalNormal: scale must be positive, got {scales.tolist()}.")
+        self.register_buffer("loc", means)
+        self.register_buffer("scale", scales)
 
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
-        return IndependentNormals(self.loc, self.scale, torch.Size(batch_shape))
+        return IndependentNormals(
+            self.loc, self.scale, size_of("DiagonalNormal", "batch_shape", batch_shape)
+        )
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_event("DiagonalNormal", "x", x, self.input_dim, 1)
         with torch.no_grad():
             return self().log_prob(x), (self.loc - x) / self.scale.square()
 

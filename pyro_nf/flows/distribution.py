@@ -8,9 +8,9 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from pyro_nf._checks import check_dtype, floating_dtype
+from pyro_nf._checks import check_dtype, check_flag, check_kind, floating_dtype, size_of
 from pyro_nf.transforms.base import FlowTransform
 
 MOST_NUMBERS, FEWEST_ROWS = 1_000_000, 16
@@ -53,6 +53,16 @@ class FlowDistribution(dist.TransformedDistribution):
         owner: nn.Module | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        check_kind("FlowDistribution", "base_dist", base_dist, torch.distributions.Distribution)
+        check_kind("FlowDistribution", "transform", transform, FlowTransform)
+        check_kind("FlowDistribution", "owner", owner, nn.Module, optional=True)
+        if validate_args is not None:
+            check_flag("FlowDistribution", "validate_args", validate_args)
+        if transform.input_dim is not None and base_dist.event_shape != (transform.input_dim,):
+            raise ValueError(
+                f"FlowDistribution: base_dist has event_shape {tuple(base_dist.event_shape)}, but "
+                f"the transform has input_dim {transform.input_dim}."
+            )
         # TransformedDistribution would look for shapes that do not fit yet, which takes as long as
         # a tenth of a small layer; here the base has the event and the batch shape of the whole.
         self.base_dist, self.transforms, self.transform = base_dist, [transform], transform
@@ -65,7 +75,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         """This distribution with another batch shape, and independent noise for each element."""
         return FlowDistribution(
-            self.base_dist.expand(Size(batch_shape)),
+            self.base_dist.expand(size_of("FlowDistribution", "batch_shape", batch_shape)),
             self.transform,
             self._owner,
             self._validate_args,
@@ -83,7 +93,7 @@ class FlowDistribution(dist.TransformedDistribution):
         # A mixture has no path for gradients; without gradients it needs none.
         has_path = self.base_dist.has_rsample or torch.is_grad_enabled()
         draw = self.base_dist.rsample if has_path else self.base_dist.sample
-        x = draw(Size(sample_shape))
+        x = draw(size_of("FlowDistribution", "sample_shape", sample_shape))
         y, ladj = self.transform.forward_and_ladj(x)
         return y, self.base_dist.log_prob(x) - ladj
 
@@ -106,8 +116,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradients."""
+        shape = size_of("FlowDistribution", "sample_shape", sample_shape)
         with torch.no_grad():
-            return self.transform.forward_and_ladj(self.base_dist.sample(Size(sample_shape)))[0]
+            return self.transform.forward_and_ladj(self.base_dist.sample(shape))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value (..., D)``.

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, cast
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_context, check_count
+from pyro_nf._checks import check_context, check_count, check_kind, check_path
 from pyro_nf._storage import (
     Bounded,
     InvalidFile,
@@ -104,10 +104,7 @@ class Flow(nn.Module):
 
     def __init__(self, transform: FlowTransform, base: Base | None = None) -> None:
         super().__init__()
-        if not isinstance(transform, FlowTransform):
-            raise TypeError(
-                f"Flow: transform must be a FlowTransform, got {type(transform).__name__}."
-            )
+        check_kind("Flow", "transform", transform, FlowTransform)
         if base is None:
             if transform.input_dim is None:
                 raise ValueError(
@@ -115,8 +112,7 @@ class Flow(nn.Module):
                     "example DiagonalNormal(input_dim)."
                 )
             base = DiagonalNormal(transform.input_dim)
-        if not isinstance(base, Base):
-            raise TypeError(f"Flow: base must be a Base, got {type(base).__name__}.")
+        check_kind("Flow", "base", base, Base)
         if transform.input_dim not in (None, base.input_dim):
             raise ValueError(
                 f"Flow: the transform has input_dim {transform.input_dim}, but the base has "
@@ -259,6 +255,7 @@ class Flow(nn.Module):
         Raises:
             OSError: If the file cannot be written.
         """
+        check_path("Flow.save", "path", path)
         known = _BASES.get(type(self.base).__name__) is type(self.base)
         header = {
             "recipe": self.recipe,
@@ -297,6 +294,8 @@ class Flow(nn.Module):
             >>> bool(Flow.load(path).log_prob(y) == flow.log_prob(y))
             True
         """
+        check_path("Flow.load", "path", path)
+        check_kind("Flow.load", "into", into, Flow, optional=True)
         flow = into
 
         def accept(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

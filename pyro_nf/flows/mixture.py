@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_tensor, size_of
 from pyro_nf.flows.base import Base
 
 LOG_2PI = math.log(2 * math.pi)
@@ -64,6 +64,16 @@ class GaussianMixture(Base):
             means: Shape ``(K, D)``.
             factors: The upper-triangular :math:`U_k` with positive diagonals, shape ``(K, D, D)``.
         """
+        check_tensor("GaussianMixture", "means", means, (None, None))
+        k, d = means.shape
+        check_tensor("GaussianMixture", "log_weights", log_weights, (k,))
+        check_tensor("GaussianMixture", "factors", factors, (k, d, d))
+        if not bool((factors.diagonal(dim1=-2, dim2=-1) > 0).all()):
+            raise ValueError(
+                "GaussianMixture: factors must have positive diagonals, got "
+                f"{float(factors.diagonal(dim1=-2, dim2=-1).min())} on one; factors are upper "
+                "triangular, U with U U^T the precision."
+            )
         mixture = cls(means.shape[1], len(means)).to(means)
         with torch.no_grad():
             mixture.logits.copy_(log_weights)
@@ -79,7 +89,7 @@ class GaussianMixture(Base):
             self.means,
             factors,
             self.log_diagonals.sum(-1),
-            Size(batch_shape),
+            size_of("GaussianMixture", "batch_shape", batch_shape),
         )
 
 

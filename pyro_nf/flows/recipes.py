@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_counts, check_dims, check_flag
 from pyro_nf.flows.flow import Flow, recipe
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain, FlowTransform
@@ -54,6 +54,8 @@ def gaussian(
         >>> gaussian(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_dims("gaussian", input_dim, context_dim)
+    check_counts("gaussian", "hidden_dims", hidden_dims)
     linear = LULinear(input_dim)
     if not context_dim:
         return Flow(linear)
@@ -296,6 +298,7 @@ def nsf(
         >>> nsf(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_flag("nsf", "autoregressive", autoregressive)
     univariate = RationalQuadratic(count_bins, bound)
 
     def layer(turn: bool) -> list[FlowTransform]:

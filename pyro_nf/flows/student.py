@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from pyro_nf._checks import check_positive
+from pyro_nf._checks import check_positive, size_of
 from pyro_nf.flows.base import Base
 
 
@@ -40,4 +40,6 @@ class StudentT(Base):
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         zero = torch.zeros_like(self.log_df)
         student = dist.StudentT(self.log_df.exp(), zero, zero + 1, validate_args=False)
-        return student.expand(torch.Size(batch_shape) + zero.shape).to_event(1)
+        return student.expand(
+            size_of("StudentT", "batch_shape", batch_shape) + zero.shape
+        ).to_event(1)

@@ -21,6 +21,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import (
+    check_count,
+    check_kind,
+    check_log_weights,
+    check_number,
+    check_positive,
+    check_tensor,
+)
 from pyro_nf.flows.flow import Flow
 
 
@@ -227,6 +235,10 @@ class ELBO(Objective):
     gradient: GradientEstimator = StickTheLanding()
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_kind("ELBO", "gradient", self.gradient, GradientEstimator)
+        check_positive("ELBO", "temperature", self.temperature)
+
     def __call__(
         self,
         flow: Flow,
@@ -268,8 +280,9 @@ class TemperedELBO(Objective):
         start: float = 0.1,
         gradient: GradientEstimator = StickTheLanding(),
     ) -> None:
-        if not 0 < start <= 1:
-            raise ValueError(f"TemperedELBO: start must be in (0, 1], got {start}.")
+        check_count("TemperedELBO", "count_steps", count_steps)
+        check_number("TemperedELBO", "start", start, "in (0, 1]", above=0, at_most=1)
+        check_kind("TemperedELBO", "gradient", gradient, GradientEstimator)
         self.count_steps, self.start, self.gradient = count_steps, start, gradient
         self._memory = {"step": 0.0}
 
@@ -312,6 +325,10 @@ class ImportanceWeightedELBO(Objective):
 
     count_inner: int = 8
     gradient: GradientEstimator = StickTheLanding()
+
+    def __post_init__(self) -> None:
+        check_count("ImportanceWeightedELBO", "count_inner", self.count_inner)
+        check_kind("ImportanceWeightedELBO", "gradient", self.gradient, GradientEstimator)
 
     def __call__(
         self,
@@ -360,6 +377,12 @@ class ForwardKL(Objective):
 
     draws: Tensor
     log_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_tensor("ForwardKL", "draws", self.draws, (None, None))
+        check_count("ForwardKL", "the number of draws", len(self.draws))
+        if self.log_weights is not None:
+            check_log_weights("ForwardKL", "log_weights", self.log_weights, len(self.draws))
 
     def __call__(
         self,

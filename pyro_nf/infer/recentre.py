@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import check_kind, check_tensor
 from pyro_nf.infer.gaussians import MAX_FULL_DIM, diagonal_precision
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.transforms.base import FlowTransform
@@ -51,7 +52,10 @@ class Recentre(FlowTransform):
     def __init__(
         self, joint: LogJoint, precision: Tensor | None = None, shift: Tensor | None = None
     ) -> None:
+        check_kind("Recentre", "joint", joint, LogJoint)
         super().__init__(joint.latent_dim)
+        check_tensor("Recentre", "precision", precision, (joint.latent_dim,), optional=True)
+        check_tensor("Recentre", "shift", shift, (joint.latent_dim,), optional=True)
         self.joint: LogJoint | None = joint
         zero = torch.zeros_like(joint.init_loc)
         self.register_buffer("precision", zero if precision is None else precision)
@@ -69,6 +73,7 @@ class Recentre(FlowTransform):
             z: The point, shape ``(D,)``, where the posterior has its mass.
         """
         plain = cls(joint)
+        check_tensor("Recentre.at", "z", z, (joint.latent_dim,))
         there = plain.recentred()
         v = plain.inverse_and_ladj(z)[0].detach()
         sigma = plain._scales(z)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import check_tensor
+
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
 # Weights that are all equal have no tail at all: k-hat is -inf.
 _MIN_WEIGHTS = 25
@@ -118,6 +120,7 @@ def smooth(log_weights: Tensor) -> Weights:
         >>> round(weights.ess), weights.log_evidence
         (100, 0.0)
     """
+    check_tensor("smooth", "log_weights", log_weights, (None,), finite=False)
     raw = log_weights.detach().double().cpu()
     finite = raw.isfinite()
     if bool((raw.isnan() | (raw == math.inf)).any()) or not bool(finite.any()):

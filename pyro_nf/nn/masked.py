@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count, check_dims
+from pyro_nf._checks import check_count, check_counts, check_dims, check_flag, made_by
 from pyro_nf.ops.gradients import by_hand, final
 from pyro_nf.ops.layout import features_first
 
@@ -104,8 +104,10 @@ class MaskedNet(nn.Module):
     ) -> None:
         super().__init__()
         check_dims("MaskedNet", input_dim, context_dim)
-        for width in hidden_dims:
-            check_count("MaskedNet", "hidden_dims", width)
+        check_count("MaskedNet", "num_params", num_params, at_least=0)
+        check_counts("MaskedNet", "hidden_dims", hidden_dims, empty=True)
+        check_flag("MaskedNet", "residual", residual)
+        made = made_by("MaskedNet", activation)
         self.input_dim, self.num_params, self.context_dim = input_dim, num_params, context_dim
         # Without a context a unit of degree 0 is a constant: there are some only if D is 1.
         lowest = 0 if context_dim else min(1, input_dim - 1)
@@ -125,7 +127,7 @@ class MaskedNet(nn.Module):
             self.skips.append(False)
         self.groups = [Groups.of(units.bincount(minlength=input_dim).tolist()) for units in degrees]
         self.context = nn.Linear(context_dim, len(degrees[1]), bias=False) if context_dim else None
-        self.activation = activation() if any(self.skips) else _in_place(activation())
+        self.activation = made if any(self.skips) else _in_place(made)
         self.count_weights = sum(layer.count_weights for layer in layers)
         nn.init.zeros_(layers[-1].weight)
         nn.init.zeros_(layers[-1].bias)

@@ -9,7 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import (
+    check_context,
+    check_count,
+    check_counts,
+    check_event,
+    check_flag,
+    made_by,
+)
 from pyro_nf.ops.layout import features_first
 
 
@@ -56,12 +63,15 @@ class MLP(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        if not hidden_dims:
-            raise ValueError("MLP: hidden_dims must name at least one hidden layer, got ().")
-        for width in hidden_dims:
-            check_count("MLP", "hidden_dims", width)
+        for name, size in (("input_dim", input_dim), ("context_dim", context_dim)):
+            check_count("MLP", name, size, at_least=0)
+        check_count("MLP", "output_dim", output_dim)
+        check_count("MLP", "num_params", num_params)
+        check_counts("MLP", "hidden_dims", hidden_dims)
+        check_flag("MLP", "residual", residual)
         if input_dim + context_dim == 0:
             raise ValueError("MLP: input_dim and context_dim are both 0; use Constant instead.")
+        self.input_dim, self.context_dim = input_dim, context_dim
         self.output_shape = (output_dim, num_params)
         self.first = Linear(input_dim, hidden_dims[0]) if input_dim else None
         self.context = nn.Linear(context_dim, hidden_dims[0]) if context_dim else None
@@ -71,11 +81,15 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for a, b in pairwise(hidden_dims):
             skip = residual and a == b
-            layer = (activation() if skip else _in_place(activation()), Linear(a, b))
+            made = made_by("MLP", activation)
+            layer = (made if skip else _in_place(made), Linear(a, b))
             layers += [Skip(*layer)] if skip else layer
-        self.rest = nn.Sequential(*layers, _in_place(activation()), last)
+        self.rest = nn.Sequential(*layers, _in_place(made_by("MLP", activation)), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_context("MLP", context, self.context_dim)
+        if self.input_dim:
+            check_event("MLP", "x", x, self.input_dim, 1)
         if self.context is None:
             batch_shape, h = x.shape[:-1], cast(Linear, self.first)(features_first(x))
         else:
@@ -141,6 +155,12 @@ class Constant(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
+        check_count("Constant", "output_dim", output_dim)
+        check_count("Constant", "num_params", num_params, at_least=0)
+        check_count("Constant", "context_dim", context_dim, at_least=0)
+        check_counts("Constant", "hidden_dims", hidden_dims)
+        made_by("Constant", activation)
+        self.context_dim = context_dim
         self.value = nn.Parameter(torch.zeros(output_dim, num_params))
         self.net = (
             MLP(
@@ -151,9 +171,10 @@ class Constant(nn.Module):
                 hidden_dims=hidden_dims,
                 activation=activation,
             )
-            if context_dim
+            if context_dim and num_params
             else None
         )
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        check_context("Constant", context, self.context_dim)
         return self.value if self.net is None else self.value + self.net(x, context)

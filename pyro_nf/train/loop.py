@@ -17,7 +17,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_nf._checks import is_count
+from pyro_nf._checks import (
+    check_budget,
+    check_callable,
+    check_count,
+    check_flag,
+    check_kind,
+    check_listed,
+    check_number,
+    check_patience,
+    check_positive,
+    check_running,
+    check_seed,
+    is_sequence,
+    shown,
+)
 from pyro_nf._storage import InvalidFile, check_writable, plain, refuse_corrupt
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
@@ -115,7 +129,20 @@ def adam(
         betas: Decay of the two moments.
         weight_decay: For the groups that bring none; 0 is plain Adam.
     """
+    check_listed("adam", "parameters", parameters, "a list of parameters, or of groups of them")
     groups: list[Any] = list(parameters)
+    if not groups:
+        raise ValueError("adam: parameters must have at least one entry, got none.")
+    for group in groups:
+        is_group = isinstance(group, dict) and "params" in group
+        if not is_group:
+            check_kind("adam", "every entry of parameters", group, Tensor)
+    check_number("adam", "learning_rate", learning_rate, "a number >= 0", at_least=0)
+    check_number("adam", "weight_decay", weight_decay, "a number >= 0", at_least=0)
+    if not is_sequence(betas) or len(betas) != 2:
+        raise TypeError(f"adam: betas must be two numbers, got {shown(betas)}.")
+    for beta in betas:
+        check_number("adam", "each of betas", beta, "from 0 to below 1", at_least=0, below=1)
     tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
     fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in tensors)
     return torch.optim.AdamW(
@@ -141,6 +168,8 @@ def warm_cosine(warmup_steps: int = 20, last: float = 0.0) -> Callable[[int, flo
         >>> rate(0, 0.0), rate(50, 0.5), rate(99, 1.0)
         (0.1, 0.5, 0.0)
     """
+    check_count("warm_cosine", "warmup_steps", warmup_steps, at_least=0)
+    check_number("warm_cosine", "last", last, "from 0 to 1", at_least=0, at_most=1)
 
     def rate(step: int, progress: float) -> float:
         warmth = min(1.0, (step + 1) / max(warmup_steps, 1))
@@ -167,6 +196,14 @@ class Stage:
     share: float = 1.0
     memory: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_callable("Stage", "loss", self.loss, "a function of a batch", count=1)
+        check_kind("Stage", "optimizer", self.optimizer, Optimizer, "make one by adam(parameters)")
+        wanted = "a function of the step and the progress, such as warm_cosine()"
+        check_callable("Stage", "schedule", self.schedule, wanted, count=2)
+        check_positive("Stage", "share", self.share)
+        check_kind("Stage", "memory", self.memory, dict)
+
 
 class Minibatches:
     """Shuffled batches of the rows of some tensors, one pass over the rows after the other.
@@ -188,9 +225,18 @@ class Minibatches:
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], batch_size: int, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"Minibatches: batch_size is {batch_size}, wanted at least 1.")
+        check_count("Minibatches", "batch_size", batch_size)
+        check_seed("Minibatches", seed)
+        check_listed("Minibatches", "tensors", tensors, "a tuple of tensors")
         self.tensors = tuple(tensors)
+        for tensor in self.tensors:
+            check_kind("Minibatches", "every entry of tensors", tensor, Tensor, optional=True)
+        sizes = {tuple(t.shape[:1]) for t in self.tensors if t is not None}
+        if len(sizes) != 1 or sizes & {(), (0,)}:
+            shapes = [None if t is None else tuple(t.shape) for t in self.tensors]
+            raise ValueError(
+                f"Minibatches: tensors must have one number of rows, at least 1, got {shapes}."
+            )
         self.rows = next(len(t) for t in self.tensors if t is not None)
         self.batch_size = min(batch_size, self.rows)
         self.generator = torch.Generator().manual_seed(seed)
@@ -296,16 +342,31 @@ def train(
         >>> history.stopped, round(line.weight.item(), 2)
         ('max_steps', 3.0)
     """
+    check_kind("train", "module", module, nn.Module)
+    if not isinstance(stages, Stage):
+        check_listed("train", "stages", stages, "a Stage, or a list of them")
     stages = [stages] if isinstance(stages, Stage) else list(stages)
+    check_count("train", "the number of stages", len(stages))
+    for stage in stages:
+        check_kind("train", "every entry of stages", stage, Stage)
+    if not isinstance(batches, Iterable) or isinstance(batches, type):
+        raise TypeError(
+            f"train: batches must be a list, a DataLoader or the like, got {shown(batches)}."
+        )
+    check_callable("train", "validate", validate, "a function of nothing", count=0, optional=True)
+    check_callable("train", "explain", explain, "a function of a batch", count=1, optional=True)
+    check_budget("train", max_steps, max_seconds)
+    check_count("train", "check_every", check_every)
+    check_patience("train", patience)
+    check_positive("train", "max_grad_norm", max_grad_norm, optional=True)
+    wanted = "a decay from 0 to below 1, or None"
+    check_number("train", "average", average, wanted, at_least=0, below=1, optional=True)
+    check_flag("train", "raise_decay", raise_decay)
+    check_running("train", seed, progress, checkpoint, checkpoint_every, clock)
+    check_kind("train", "metric", metric, str)
+    check_kind("train", "settings", settings, Mapping, optional=True)
     if max_steps is None and max_seconds is None:
         raise ValueError("train: there is no budget; give max_steps, max_seconds or both.")
-    for name, value in (("max_steps", max_steps), ("check_every", check_every)):
-        if value is not None and (not is_count(value) or value < 1):
-            raise ValueError(f"train: {name} is {value}, wanted an integer >= 1.")
-    if average is not None and not 0 <= average < 1:
-        raise ValueError(f"train: average is {average}, wanted a decay from 0 to below 1, or None.")
-    if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"train: max_seconds is {max_seconds}, wanted more than 0.")
     if checkpoint is not None:
         check_writable(checkpoint)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_finite, check_floating, check_seed, check_tensor
 from pyro_nf.transforms.base import FlowTransform
 
 
@@ -35,6 +35,7 @@ class LowerAffine(FlowTransform):
     """
 
     def __init__(self, input_dim: int) -> None:
+        check_count("LowerAffine", "input_dim", input_dim)
         super().__init__(input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
@@ -88,8 +89,10 @@ class LowRankAffine(FlowTransform):
     """
 
     def __init__(self, input_dim: int, rank: int = 16, *, seed: int = 0) -> None:
+        check_count("LowRankAffine", "input_dim", input_dim)
         super().__init__(input_dim)
         check_count("LowRankAffine", "rank", rank)
+        check_seed("LowRankAffine", seed)
         generator = torch.Generator().manual_seed(seed)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
@@ -150,19 +153,26 @@ class FixedAffine(FlowTransform):
     scale: Tensor
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        check_tensor("FixedAffine", "loc", loc, (None,))
+        check_floating("FixedAffine", "scale", scale)
+        check_count("FixedAffine", "the length of loc", len(loc))
         super().__init__(len(loc))
         if scale.shape not in (loc.shape, loc.shape * 2):
             raise ValueError(
                 f"FixedAffine: scale has shape {tuple(scale.shape)}, but loc has shape "
                 f"{tuple(loc.shape)}: pass a diagonal of that shape, or a square matrix."
             )
+        check_finite("FixedAffine", "scale", scale)
         diagonal = scale if scale.dim() == 1 else scale.diagonal()
         if not bool((diagonal > 0).all()):
             raise ValueError("FixedAffine: the diagonal of scale must be positive.")
+        if scale.dim() == 2 and bool(scale.triu(1).any()):
+            raise ValueError(
+                "FixedAffine: scale must be lower triangular, got entries above its diagonal; "
+                "take scale.tril(), or the Cholesky factor of a covariance."
+            )
         self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer(
-            "scale", (scale if scale.dim() == 1 else scale.tril()).detach().clone()
-        )
+        self.register_buffer("scale", scale.detach().clone())
 
     def _ladj(self) -> Tensor:
         return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_nf._checks import check_choice, check_count, check_flag, check_kind, order_of
 from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.triangular import Map, solve, solve_transposed
 from pyro_nf.ops.gradients import apart
@@ -15,7 +16,7 @@ from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.transforms.compiled_leaf import compiled_leaf
 from pyro_nf.univariate.affine import Affine
-from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.base import HINT, UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
 
 
@@ -74,9 +75,11 @@ class Autoregressive(FlowTransform):
         reverse: bool = False,
         fast: Literal["inverse", "forward"] = "inverse",
     ) -> None:
+        check_count("Autoregressive", "input_dim", input_dim)
         super().__init__(input_dim, context_dim)
-        if fast not in ("inverse", "forward"):
-            raise ValueError(f'Autoregressive: fast must be "inverse" or "forward", got {fast!r}.')
+        check_kind("Autoregressive", "univariate", univariate, UnivariateMap, HINT)
+        check_choice("Autoregressive", "fast", fast, ("inverse", "forward"))
+        check_flag("Autoregressive", "reverse", reverse)
         univariate.refuse_hidden_weights("Autoregressive")
         self.univariate = univariate
         self.fast = fast
@@ -85,12 +88,7 @@ class Autoregressive(FlowTransform):
         self.codomain = over_vectors(univariate.codomain)
         self.reverse = reverse
         if order is not None:
-            order = torch.as_tensor(order)
-            if sorted(order.tolist()) != list(range(input_dim)):
-                raise ValueError(
-                    f"Autoregressive: order must have each of 0 to {input_dim - 1} once, got "
-                    f"{order.tolist()}."
-                )
+            order = order_of("Autoregressive", "order", order, input_dim)
         self.register_buffer("order", order)
         self.register_buffer("rank", None if order is None else order.argsort())
         self.net = MaskedNet(

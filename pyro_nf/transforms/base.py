@@ -17,9 +17,15 @@ from torch.distributions.constraints import independent
 
 from pyro_nf._checks import (
     check_context,
+    check_count,
     check_dims,
     check_dtype,
     check_event,
+    check_flag,
+    check_floating,
+    check_kind,
+    check_listed,
+    check_tensor,
     floating_dtype,
     joint_batch_shape,
 )
@@ -160,7 +166,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
             ([2.0, 2.0], [-0.5, -0.5])
         """
         recorded = torch.is_grad_enabled()
-        x = self._expand("x", x if recorded else x.detach(), context, self.domain)
+        x = self._expand("x", x, context, self.domain)
+        x = x if recorded else x.detach()
+        check_floating(type(self).__name__, "score", score)
         score = self._expand("score", score.detach(), context, self.domain)
         y, ladj, score = self._push_score(x, score, context)
         if not recorded:
@@ -219,12 +227,27 @@ class FlowTransform(TransformModule, ConditionalTransform):
         Returns:
             ``x`` of shape ``(N, D)``.
         """
+        self._check_rows(y, context, whiten)
         with torch.no_grad():
             return self.inverse_and_ladj(y, context)[0]
 
+    def _check_rows(self, y: Tensor, context: Tensor | None, whiten: bool) -> None:
+        """Raises unless ``start_from_data`` can take its arguments."""
+        owner = type(self).__name__
+        check_tensor(owner, "y", y, (None, self.input_dim))
+        if not len(y):
+            raise ValueError(f"{owner}: y must have at least one row, got {tuple(y.shape)}.")
+        check_context(owner, context, self.context_dim)
+        if context is not None:
+            check_tensor(owner, "context", context, (len(y), self.context_dim))
+        check_flag(owner, "whiten", whiten)
+
     def condition(self, context: Tensor) -> FlowTransform:
         """This transform with the context filled in; itself if it takes no context."""
-        return Conditioned(self, context) if self.context_dim else self
+        if self.context_dim:
+            return Conditioned(self, context)
+        check_context(type(self).__name__, context, 0)
+        return self
 
     @property
     def inv(self) -> FlowTransform:
@@ -257,12 +280,15 @@ class FlowTransform(TransformModule, ConditionalTransform):
             x: Points on the base side, shape ``(..., D)``.
             y: Their images, shape ``(..., D)``.
         """
+        check_event(type(self).__name__, "x", x, self.input_dim, self.domain.event_dim)
+        check_event(type(self).__name__, "y", y, self.input_dim, self.codomain.event_dim)
         if self.fast == "inverse":
             return -self.inverse_and_ladj(y)[1]
         return self.forward_and_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         """Returns itself: nothing is ever cached in a transform."""
+        check_count(type(self).__name__, "cache_size", cache_size, at_least=0)
         return self
 
     def clear_cache(self) -> None:
@@ -283,6 +309,7 @@ class Inverse(FlowTransform):
     """
 
     def __init__(self, transform: FlowTransform) -> None:
+        check_kind("Inverse", "transform", transform, FlowTransform)
         super().__init__(transform.input_dim, transform.context_dim)
         swapped: dict[Fast, Fast] = {"forward": "inverse", "inverse": "forward"}
         self.transform = transform
@@ -324,7 +351,9 @@ class Conditioned(FlowTransform):
     context: Tensor
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
+        check_kind("Conditioned", "transform", transform, FlowTransform)
         super().__init__(transform.input_dim)
+        check_count("Conditioned", "transform.context_dim", transform.context_dim)
         check_context(type(transform).__name__, context, transform.context_dim)
         check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
         self.transform = transform
@@ -370,14 +399,12 @@ class Chain(FlowTransform):
     """
 
     def __init__(self, parts: Iterable[FlowTransform]) -> None:
+        check_listed("Chain", "parts", parts, "a list of transforms")
         parts = list(parts)
         for part in parts:
-            if not isinstance(part, FlowTransform):
-                raise TypeError(
-                    f"Chain: a part must be a FlowTransform, got {type(part).__name__}."
-                )
+            check_kind("Chain", "every entry of parts", part, FlowTransform)
         if not parts:
-            raise ValueError("Chain: needs at least one part, got none.")
+            raise ValueError("Chain: parts must have at least one transform, got none.")
         for i, (part, following) in enumerate(pairwise(parts)):
             if not is_within(part.codomain, following.domain):
                 raise ValueError(
@@ -431,6 +458,7 @@ class Chain(FlowTransform):
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
+        self._check_rows(y, context, whiten)
         for part in reversed(self._parts()):
             y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
         return y

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_nf._checks import check_count, check_flag, check_kind
 from pyro_nf.nn.mlp import MLP, Constant
 from pyro_nf.ops.layout import features_first, in_columns
 from pyro_nf.transforms.base import Chain, FlowTransform, over_vectors
 from pyro_nf.univariate.affine import Additive, Affine
-from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.base import HINT, UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
 
 
@@ -55,7 +56,10 @@ class Coupling(FlowTransform):
         activation: Callable[[], nn.Module] = nn.ReLU,
         swap: bool = False,
     ) -> None:
+        check_count("Coupling", "input_dim", input_dim)
         super().__init__(input_dim, context_dim)
+        check_kind("Coupling", "univariate", univariate, UnivariateMap, HINT)
+        check_flag("Coupling", "swap", swap)
         univariate.refuse_hidden_weights("Coupling")
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
@@ -65,7 +69,7 @@ class Coupling(FlowTransform):
         passing = input_dim // 2
         self.sizes = (input_dim - passing, passing) if swap else (passing, input_dim - passing)
         self.net: nn.Module
-        if passing + context_dim:
+        if univariate.num_params and passing + context_dim:
             self.net = MLP(
                 passing,
                 input_dim - passing,
@@ -74,8 +78,10 @@ class Coupling(FlowTransform):
                 hidden_dims=hidden_dims,
                 activation=activation,
             )
-        else:  # one coordinate and no context: nothing to see
-            self.net = Constant(1, univariate.num_params)
+        else:  # nothing to set, or nothing to see
+            self.net = Constant(
+                1, univariate.num_params, hidden_dims=hidden_dims, activation=activation
+            )
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._map(self.univariate.forward_and_ladj, x, context)

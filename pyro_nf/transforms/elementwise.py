@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_nf._checks import check_count, check_kind
 from pyro_nf.nn.mlp import Constant
 from pyro_nf.ops.gradients import gradients
 from pyro_nf.transforms.base import FlowTransform, over_vectors
 from pyro_nf.univariate import fixed
-from pyro_nf.univariate.base import UnivariateMap
+from pyro_nf.univariate.base import HINT, UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
 
 
@@ -48,7 +49,9 @@ class Elementwise(FlowTransform):
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
+        check_count("Elementwise", "input_dim", input_dim)
         super().__init__(input_dim, context_dim)
+        check_kind("Elementwise", "univariate", univariate, UnivariateMap, HINT)
         univariate.refuse_hidden_weights("Elementwise")
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_nf._checks import check_count
 from pyro_nf.ops.gradients import by_hand
 from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform
@@ -54,6 +55,7 @@ class LULinear(FlowTransform):
     """
 
     def __init__(self, input_dim: int) -> None:
+        check_count("LULinear", "input_dim", input_dim)
         super().__init__(input_dim)
         self.bias = nn.Parameter(torch.zeros(input_dim))
         self.log_diagonal = nn.Parameter(torch.zeros(input_dim))
@@ -88,6 +90,7 @@ class LULinear(FlowTransform):
 
         Without ``whiten``, ``L U`` is only the diagonal of standard deviations.
         """
+        self._check_rows(y, context, whiten)
         with torch.no_grad():
             # nearly equal columns need the digits, which Apple's devices do not have
             rows = y.cpu() if y.device.type == "mps" else y
@@ -125,6 +128,7 @@ class ActNorm(FlowTransform):
     """
 
     def __init__(self, input_dim: int) -> None:
+        check_count("ActNorm", "input_dim", input_dim)
         super().__init__(input_dim)
         self.bias = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
@@ -145,6 +149,7 @@ class ActNorm(FlowTransform):
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
         """Sets the shift to the mean and the scale to the standard deviation of each column."""
+        self._check_rows(y, context, whiten)
         with torch.no_grad():
             self.bias.copy_(y.mean(0))
             if len(y) > 1:

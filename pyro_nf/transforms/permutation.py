@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import check_count, check_seed, order_of
 from pyro_nf.transforms.base import FlowTransform
 
 
@@ -32,21 +33,22 @@ class Permutation(FlowTransform):
     inverse_permutation: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
-        order = torch.as_tensor(permutation)
-        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
-            raise ValueError(f"Permutation: wanted each of 0 to D - 1 once, got {order.tolist()}.")
+        order = order_of("Permutation", "permutation", permutation)
         super().__init__(len(order))
-        self.register_buffer("permutation", order.long())
+        self.register_buffer("permutation", order)
         self.register_buffer("inverse_permutation", order.argsort())
 
     @classmethod
     def reverse(cls, input_dim: int) -> Permutation:
         """The last coordinate first."""
+        check_count("Permutation.reverse", "input_dim", input_dim)
         return cls(range(input_dim - 1, -1, -1))
 
     @classmethod
     def random(cls, input_dim: int, seed: int = 0) -> Permutation:
         """A random order with a seed of its own; the global generator is left alone."""
+        check_count("Permutation.random", "input_dim", input_dim)
+        check_seed("Permutation.random", seed)
         return cls(torch.randperm(input_dim, generator=torch.Generator().manual_seed(seed)))
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_nf._checks import check_count
 from pyro_nf.nn.mlp import Constant
 from pyro_nf.ops.roots import solve_increasing
 from pyro_nf.transforms.base import FlowTransform
@@ -62,6 +63,7 @@ class Planar(FlowTransform):
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
+        check_count("Planar", "input_dim", input_dim)
         super().__init__(input_dim, context_dim)
         self.net = Constant(
             1, 2 * input_dim + 1, context_dim, hidden_dims=hidden_dims, activation=activation
@@ -131,6 +133,7 @@ class Radial(FlowTransform):
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
+        check_count("Radial", "input_dim", input_dim)
         super().__init__(input_dim, context_dim)
         self.net = Constant(
             1, input_dim + 2, context_dim, hidden_dims=hidden_dims, activation=activation

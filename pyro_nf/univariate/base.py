@@ -11,6 +11,9 @@ from torch.distributions import constraints
 
 from pyro_nf.ops.gradients import gradients
 
+# What to pass where a map is wanted.
+HINT = "pass one of pyro_nf.univariate, such as Affine()"
+
 
 class Slopes(NamedTuple):
     """Derivatives of a univariate map, of ``x`` and the ladj of the forward direction.

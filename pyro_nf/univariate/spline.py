@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from pyro_nf._checks import check_count, check_positive
+from pyro_nf._checks import check_count, check_ends, check_positive
 from pyro_nf.ops.layout import turned
 from pyro_nf.ops.spaces import zero_outside
 from pyro_nf.ops.spline import MIN_BIN, Bin, find_bin, forward_in_bin, inverse_in_bin
@@ -57,14 +57,12 @@ class RationalQuadratic(UnivariateMap):
                 f"{count_bins}; each bin takes at least {MIN_BIN} of the interval."
             )
         self.count_bins, self.bound, self.interval = count_bins, bound, interval
+        if interval is not None:
+            check_ends("RationalQuadratic", "interval", interval)
         self._low, self._high = (-bound, bound) if interval is None else interval
         if interval is None:
             self.num_params = 3 * count_bins - 1
         else:
-            if not self._low < self._high:
-                raise ValueError(
-                    f"RationalQuadratic: interval must be (low, high), got {interval}."
-                )
             self.num_params = 3 * count_bins + 1
             self.domain = self.codomain = constraints.interval(self._low, self._high)
 
