@@ -193,7 +193,7 @@ def test_strips_under_vmap():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_dim": 0}, "input_dim must be a positive integer, got 0"),
+        ({"input_dim": 0}, "input_dim must be an integer >= 1, got 0"),
         ({"context_dim": -1}, "context_dim must be an integer >= 0, got -1"),
         ({"hidden_dims": (8, 0)}, "hidden_dims must be an integer >= 1, got 0"),
     ],

@@ -245,7 +245,7 @@ def test_bad_context_and_validation():
     with pytest.raises(ValueError, match="column 0 of context is not finite"):
         fit(small(2, 1), x, context=c / 0)
     for validation in (0.0, 1.0, -0.5):
-        with pytest.raises(ValueError, match="wanted a share between 0 and 1"):
+        with pytest.raises(ValueError, match="a share between 0 and 1"):
             fit(small(2), x, validation=validation)
     with pytest.raises(ValueError, match="column 1 of validation is not finite"):
         fit(small(2), x, validation=x * torch.tensor([1.0, math.nan]))
