@@ -98,6 +98,12 @@ def check_positive(owner: str, name: str, value: float | None, *, optional: bool
     check_number(owner, name, value, "a positive number", above=0.0, optional=optional)
 
 
+def check_work(owner: str, name: str, value: float) -> None:
+    """Raises unless ``value`` is a positive number; inf is one."""
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"{owner}: {name} must be a positive number or inf, got {shown(value)}.")
+
+
 def check_flag(owner: str, name: str, value: bool) -> None:
     """Raises unless ``value`` is True or False."""
     if not isinstance(value, (bool, np.bool_)):

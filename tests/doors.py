@@ -51,6 +51,13 @@ INNER = {
         for name in univariate.__all__
         for method in ("forward_and_ladj", "inverse_and_ladj", "slopes")
     ),
+    # between the files of the library
+    "AutoFlow.expect_layers",
+    "Flow.base_of_kind",
+    "Flow.transform_in_units",
+    "UnivariateMap.refuse_hidden_weights",
+    "univariate.UnivariateMap.refuse_hidden_weights",
+    "ends_are_safe",
     *LAWS,
 }
 
@@ -188,7 +195,7 @@ DATA = takes()
 ARGS = takes()
 MODEL = may("module")  # a Module may be a model
 INIT = may("module")
-STARTS = takes()
+STARTS = OPTIONAL
 KWARGS = takes("none", "no dictionary")
 
 
@@ -313,6 +320,11 @@ def _univariate() -> dict[str, Door]:
             u.SinhArcsinh,
             lambda: {"max_skew": 2.0, "max_log_tail": 1.0},
             {"max_skew": POSITIVE, "max_log_tail": POSITIVE},
+        ),
+        "univariate.SmoothAffine": Door(
+            u.SmoothAffine,
+            lambda: {"max_shift": 10.0, "max_log_scale": 3.0, "gain": 1.0},
+            {"max_shift": POSITIVE, "max_log_scale": POSITIVE, "gain": POSITIVE},
         ),
         "univariate.RationalQuadratic": Door(
             u.RationalQuadratic,
@@ -507,13 +519,14 @@ def _flows() -> dict[str, Door]:
     layers = SIZES | {"count_layers": COUNT}
     doors = {
         name: Door(getattr(f, name), lambda: sizes() | {"count_layers": 2}, layers)
-        for name in ("glow", "iaf", "maf", "nice", "planar", "realnvp")
+        for name in ("nice", "planar")
     }
-    for name in ("maf", "iaf"):
+    for name in ("glow", "iaf", "maf", "realnvp"):
+        widths = WIDTHS_OR_NONE if name in ("iaf", "maf") else WIDTHS
         doors[name] = Door(
             getattr(f, name),
-            lambda: sizes() | {"count_layers": 2},
-            layers | {"hidden_dims": WIDTHS_OR_NONE},
+            lambda: sizes() | {"count_layers": 2, "max_log_scale": 3.0},
+            layers | {"hidden_dims": widths, "max_log_scale": POSITIVE},
         )
 
     def batch_of(base: Callable[[], f.Base]) -> Door:
@@ -778,15 +791,39 @@ def _training() -> dict[str, Door]:
         ),
         "fit_gaussian_mixture": Door(
             t.fit_gaussian_mixture,
-            lambda: {"x": rows(90), "validation": rows(9), "generator": None},
-            {"x": FINITE, "validation": FINITE, "generator": OPTIONAL},
+            lambda: {
+                "x": rows(90),
+                "validation": rows(9),
+                "budget": None,
+                "most_work": 1e6,
+                "generator": None,
+            },
+            {
+                "x": FINITE,
+                "validation": FINITE,
+                "budget": OPTIONAL,
+                "most_work": POSITIVE | takes("inf"),
+                "generator": OPTIONAL,
+            },
         ),
         "GaussianCopula": Door(t.GaussianCopula, lambda: {"y": rows(90)}, {"y": FINITE}),
         "GaussianCopula.log_prob": Door(
             lambda **given: t.GaussianCopula(rows(90)).log_prob(**given),
-            lambda: {"y": rows()},
-            {"y": POINTS},
+            lambda: {"y": rows(), "budget": None},
+            {"y": POINTS, "budget": OPTIONAL},
         ),
+        "StudentTails": Door(t.StudentTails, lambda: {"start": t.Whitened()}, {"start": OBJECT}),
+        "MixtureBase": Door(
+            t.MixtureBase,
+            lambda: {"held_out": None, "budget": None, "most_work": 1e6},
+            {
+                "held_out": OPTIONAL,
+                "budget": OPTIONAL,
+                "most_work": POSITIVE | takes("inf"),
+            },
+        ),
+        "StudentTails.__call__": start(lambda: t.StudentTails(t.AsGiven())),
+        "MixtureBase.__call__": start(t.MixtureBase),
     }
     for name in ("AsGiven", "Standardised", "Whitened"):
         doors[f"{name}.__call__"] = start(getattr(t, name))

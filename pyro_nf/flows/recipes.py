@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from pyro_nf._checks import check_count, check_counts, check_dims, check_flag
+from pyro_nf._checks import check_count, check_counts, check_dims, check_flag, check_positive
 from pyro_nf.flows.flow import Flow, recipe
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain, FlowTransform
@@ -123,6 +123,8 @@ def realnvp(
         >>> realnvp(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_positive("realnvp", "max_log_scale", max_log_scale)
+    check_count("realnvp", "count_layers", count_layers)
     check_count("realnvp", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -159,6 +161,8 @@ def glow(
         >>> glow(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_positive("glow", "max_log_scale", max_log_scale)
+    check_count("glow", "count_layers", count_layers)
     check_count("glow", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -201,6 +205,8 @@ def maf(
         >>> maf(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_positive("maf", "max_log_scale", max_log_scale)
+    check_count("maf", "count_layers", count_layers)
     check_count("maf", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
@@ -245,6 +251,8 @@ def iaf(
         >>> iaf(3)().sample((2,)).shape
         torch.Size([2, 3])
     """
+    check_positive("iaf", "max_log_scale", max_log_scale)
+    check_count("iaf", "count_layers", count_layers)
     check_count("iaf", "count_layers", count_layers)
     univariate = Affine(max_log_scale / count_layers)
 
