@@ -565,6 +565,16 @@ def _flows() -> dict[str, Door]:
             },
         ),
         "Flow.forward": Door(flow(1), lambda: {"context": rows(3, 1)}, {"context": DATA}),
+        "Flow.log_prob": Door(
+            flow(1).log_prob,
+            lambda: {"x": rows(), "context": rows(3, 1)},
+            {"x": POINTS, "context": DATA},
+        ),
+        "Flow.sample": Door(
+            flow(1).sample,
+            lambda: {"sample_shape": 3, "context": rows(3, 1)},
+            {"sample_shape": SHAPE | takes("zero"), "context": DATA},
+        ),
         "Flow.save": Door(
             flow().save,
             lambda: {"path": folder() / "saved.safetensors"},

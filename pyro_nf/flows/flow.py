@@ -10,9 +10,9 @@ from functools import wraps
 from typing import Any, ParamSpec, cast
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from pyro_nf._checks import check_context, check_count, check_kind, check_path
+from pyro_nf._checks import check_context, check_event, check_kind, check_path, is_count, size_of
 from pyro_nf._storage import (
     Bounded,
     InvalidFile,
@@ -219,6 +219,7 @@ class Flow(nn.Module):
             >>> round(realnvp(2).log_prob(torch.zeros(2)).item(), 3)  # -log(2 pi)
             -1.838
         """
+        check_event("Flow", "x", x, self.input_dim, 1)
         return self(context).log_prob(x)
 
     def sample(
@@ -241,10 +242,8 @@ class Flow(nn.Module):
             >>> realnvp(2).sample(5).shape, realnvp(2).sample((3, 4)).shape
             (torch.Size([5, 2]), torch.Size([3, 4, 2]))
         """
-        shape = sample_shape if isinstance(sample_shape, (tuple, list)) else (sample_shape,)
-        for count in cast("Sequence[int]", shape):
-            check_count("Flow.sample", "sample_shape", count, at_least=0)
-        return self(context).sample(Size(cast("Sequence[int]", shape)))
+        shape = (cast(int, sample_shape),) if is_count(sample_shape) else sample_shape
+        return self(context).sample(size_of("Flow.sample", "sample_shape", cast(Any, shape)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all parameters and buffers, and how to build the flow, to one safetensors file.
