@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,8 +21,11 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 
 import pyro_nf
 from pyro_nf.flows.recipes import maf
+from pyro_nf.infer.fit import fit_svi
 from pyro_nf.infer.guide import AutoFlow
 from pyro_nf.testing import randomize
+from pyro_nf.train.loop import Minibatches
+from pyro_nf.transforms.affine import LowerAffine
 from tests.doors import INNER, WRONG, Door, parameters, surface, table
 
 OWNS = (TypeError, ValueError, RuntimeError, OSError)
@@ -108,3 +112,29 @@ def test_22_a_slow_flow_is_a_guide_under_jit() -> None:
             pyro.set_rng_seed(seed)
             losses[-1].append(svi.step())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_22_a_fit_without_a_seed_is_fresh() -> None:
+    def model() -> None:
+        pyro.sample("x", dist.Gamma(2.0, 1.0))
+
+    before = torch.random.get_rng_state()
+    losses = [
+        fit_svi(
+            model,
+            AutoFlow(model, LowerAffine),
+            max_steps=1,
+            num_particles=4,
+            seed=seed,
+            progress=False,
+        ).history.losses
+        for seed in (None, None, 0, 0)
+    ]
+    assert losses[0] != losses[1] and losses[2] == losses[3]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_22_integers_of_numpy_are_counts() -> None:
+    flow = maf(np.int64(2), count_layers=np.int32(1), hidden_dims=(np.int64(4),))
+    assert flow.sample((np.int64(3),)).shape == (3, 2)
+    assert len(Minibatches((torch.zeros(4),), np.int64(2)).tensors) == 1
