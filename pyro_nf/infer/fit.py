@@ -17,7 +17,16 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_nf._checks import check_count, check_positive
+from pyro_nf._checks import (
+    check_arguments,
+    check_budget,
+    check_count,
+    check_flag,
+    check_kind,
+    check_patience,
+    check_running,
+    seed_or_fresh,
+)
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.gaussians import hessian_rows
@@ -83,7 +92,7 @@ class SVIFit:
     def __repr__(self) -> str:
         return f"SVIFit({self.choice})\n  {self.history!r}\n  {self.joint!r}"
 
-    def posterior(self, num_draws: int = 1000, *, seed: int = 0) -> Posterior:
+    def posterior(self, num_draws: int = 1000, *, seed: int | None = 0) -> Posterior:
         """Draws with their importance weights.
 
         Args:
@@ -140,7 +149,7 @@ def fit_svi(
     num_particles: int | None = None,
     objective: Objective | None = None,
     patience: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 500,
@@ -190,7 +199,7 @@ def fit_svi(
             (:func:`~pyro_nf.infer.recipe.choose_particles`).
         objective: What is maximised; :class:`~pyro_nf.infer.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
-        seed: Seed of the fit; the global generators are left as they were.
+        seed: Seed of the fit, None for a fresh one; the global generators are left as they were.
         progress: Whether to show a progress bar.
         checkpoint: A file to write the state to, and to go on from if it exists, if arguments,
             observed data and settings are those of then. The budget may be another.
@@ -221,7 +230,19 @@ def fit_svi(
         >>> round(fit.posterior(1000).summary()["mu"].mean, 1)
         2.0
     """
-    _check_arguments(guide, max_seconds, num_particles)
+    check_arguments("fit_svi", model, args, kwargs)
+    if guide is not None and not isinstance(guide, AutoFlow):
+        raise TypeError(
+            f"fit_svi: guide must be an AutoFlow, got {type(guide).__name__}; fit other guides "
+            "with pyro.infer.SVI and take Posterior.from_guide(guide, model)."
+        )
+    check_budget("fit_svi", max_steps, max_seconds)
+    check_count("fit_svi", "num_particles", num_particles, optional=True)
+    check_kind("fit_svi", "objective", objective, Objective, "pass ELBO(), or None", optional=True)
+    check_patience("fit_svi", patience)
+    check_flag("fit_svi", "compile", compile)
+    check_running("fit_svi", seed, progress, checkpoint, checkpoint_every, clock)
+    asked_seed, seed = seed, seed_or_fresh("fit_svi", seed)
     if max_steps is None and max_seconds is None:
         max_steps = _MAX_STEPS
     budget = Budget(max_steps, max_seconds, clock)
@@ -248,7 +269,7 @@ def fit_svi(
         validate=validate,
         patience=patience,
         average=AVERAGE,
-        seed=seed,
+        seed=asked_seed,
         progress=progress,
         metric="-ELBO",
         checkpoint=checkpoint,
@@ -287,20 +308,6 @@ def _marks(joint: LogJoint) -> dict[str, Any]:
         if node["type"] == "sample" and node["is_observed"] and name not in joint.sites:
             marks[f"observed {name!r}"] = digest(node["value"])
     return marks | ({"log density at 0": density} if math.isfinite(density) else {})
-
-
-def _check_arguments(
-    guide: AutoFlow | None, max_seconds: float | None, num_particles: int | None
-) -> None:
-    if num_particles is not None:
-        check_count("fit_svi", "num_particles", num_particles)
-    if max_seconds is not None:
-        check_positive("fit_svi", "max_seconds", max_seconds)
-    if guide is not None and not isinstance(guide, AutoFlow):
-        raise TypeError(
-            f"fit_svi: guide must be an AutoFlow, got {type(guide).__name__}; fit other guides "
-            "with pyro.infer.SVI and take Posterior.from_guide(guide, model)."
-        )
 
 
 def _log_joint(

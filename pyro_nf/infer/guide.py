@@ -20,7 +20,16 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count, check_positive
+from pyro_nf._checks import (
+    check_arguments,
+    check_callable,
+    check_count,
+    check_floating,
+    check_kind,
+    check_model,
+    check_positive,
+    check_probabilities,
+)
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
@@ -160,6 +169,18 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 0.1,
         count_components: int = 1,
     ) -> None:
+        check_model("AutoFlow", model)
+        wanted = "a function of a site, such as pyro's init_to_median"
+        check_callable("AutoFlow", "init_loc_fn", init_loc_fn, wanted, count=1)
+        if isinstance(flow, nn.Module):
+            raise TypeError(
+                "AutoFlow: flow must be 'auto' or a function that makes a flow of any latent_dim, "
+                f"got a {type(flow).__name__} that is made already; pass the recipe, as flows.nsf, "
+                "or lambda latent_dim: flows.nsf(latent_dim)."
+            )
+        if not isinstance(flow, str):
+            wanted = "'auto' or a callable latent_dim -> Flow, such as flows.nsf"
+            check_callable("AutoFlow", "flow", flow, wanted, count=1)
         check_positive("AutoFlow", "init_scale", init_scale)
         check_count("AutoFlow", "count_components", count_components)
         if not (callable(flow) or flow == "auto"):
@@ -201,6 +222,7 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        check_arguments("AutoFlow", self._plain_model[0], args, kwargs)
         try:
             self._read_prototype(*args, **kwargs)
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
@@ -360,6 +382,7 @@ class AutoFlow(AutoContinuous):
         Raises:
             RuntimeError: Before :meth:`setup`.
         """
+        check_kind("AutoFlow", "recentring", recentring, Recentre, optional=True)
         last = [] if recentring is None else [recentring]
         self.flow = Flow(Chain([*self._parts()[: _LEARNING + 1], *last]), self.flow.base)
 
@@ -378,6 +401,14 @@ class AutoFlow(AutoContinuous):
             ValueError: If the number of components differs.
             RuntimeError: Before :meth:`setup`.
         """
+        check_kind("AutoFlow", "start", start, (Start, GaussianMixture))
+        check_kind("AutoFlow", "recentring", recentring, Recentre, optional=True)
+        self._ready()
+        dim = start.input_dim if isinstance(start, GaussianMixture) else len(start.loc)
+        if dim != self.latent_dim:
+            raise ValueError(
+                f"AutoFlow: start has {dim} coordinates, but the model has {self.latent_dim}."
+            )
         self._take_layers(full_flow)
         self.recentre(recentring)
         flow = self._ready()
@@ -423,6 +454,7 @@ class AutoFlow(AutoContinuous):
             *args: As in ``torch.nn.Module``.
             **kwargs: As in ``torch.nn.Module``.
         """
+        check_kind("AutoFlow", "state_dict", state_dict, Mapping)
         self.expect_layers(state_dict)
         self._expect_recentring(f"flow.{RECENTRING}precision" in state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
@@ -578,6 +610,7 @@ class AutoFlow(AutoContinuous):
         Returns:
             For each site a tensor ``(len(quantiles), *shape)``.
         """
+        check_probabilities("AutoFlow", "quantiles", quantiles)
         return {
             name: draws.quantile(torch.as_tensor(quantiles).to(draws), 0)
             for name, draws in self._draw(_NUM_DRAWS).items()
@@ -596,6 +629,9 @@ class AutoFlow(AutoContinuous):
             ValueError: If a site is missing or unknown.
             RuntimeError: Before :meth:`setup`.
         """
+        check_kind("AutoFlow", "values", values, Mapping)
+        for name, value in values.items():
+            check_floating("AutoFlow", f"values[{name!r}]", value)
         flow = self._ready()
         sites = dict(self._sites())
         if set(values) != set(sites):

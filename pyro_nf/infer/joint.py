@@ -15,6 +15,18 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_nf._checks import (
+    check_arguments,
+    check_callable,
+    check_clock,
+    check_count,
+    check_flag,
+    check_floating,
+    check_kind,
+    check_number,
+    check_seed,
+    check_tensor,
+)
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.enumeration import Enumeration
 from pyro_nf.infer.improper import kept_entries, refuse_flat_directions, suspects
@@ -127,6 +139,12 @@ class LogJoint:
         seed: int = 0,
         budget: Budget | None = None,
     ) -> None:
+        check_arguments("LogJoint", model, args, kwargs)
+        wanted = "a function of a site, such as pyro's init_to_median"
+        check_callable("LogJoint", "init_loc_fn", init_loc_fn, wanted, count=1)
+        check_kind("LogJoint", "prototype", prototype, poutine.Trace, optional=True)
+        check_seed("LogJoint", seed)
+        check_kind("LogJoint", "budget", budget, Budget, optional=True)
         self.model = model
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
@@ -478,6 +496,7 @@ class LogJoint:
 
     def prior_draw(self, seed: int) -> Tensor:
         """The coordinates (D,) of a draw of the prior; 0 for flat priors, which have no draws."""
+        check_seed("LogJoint.prior_draw", seed)
         return self.init(init_to_sample, seed)
 
     def trace(
@@ -505,6 +524,11 @@ class LogJoint:
             Whether there is a recording now. It has been compared with the model itself, and it
             is faster.
         """
+        check_count("LogJoint.trace", "batch_size", batch_size)
+        check_number("LogJoint.trace", "max_seconds", max_seconds)
+        check_clock("LogJoint.trace", clock)
+        check_flag("LogJoint.trace", "compile", compile)
+        check_flag("LogJoint.trace", "if_faster", if_faster)
         key = (batch_size, self.init_loc.dtype)
         if key in self._graphs and not compile:
             return True
@@ -558,6 +582,7 @@ class LogJoint:
         return True
 
     def _expect(self, z: Tensor) -> None:
+        check_floating("LogJoint", "z", z)
         if z.shape[-1:] != (self.latent_dim,):
             raise ValueError(
                 f"LogJoint: z has shape {tuple(z.shape)}, but the last dimension must be "
@@ -587,6 +612,9 @@ class LogJoint:
         Raises:
             ValueError: a site is missing or has the wrong shape; a support depends on latents.
         """
+        check_kind("LogJoint.pack", "values", values, Mapping)
+        for name, value in values.items():
+            check_floating("LogJoint.pack", f"values[{name!r}]", value)
         if self.dynamic_sites:
             raise ValueError(
                 f"the supports of {list(self.dynamic_sites)} depend on other latents: their "
@@ -619,6 +647,8 @@ class LogJoint:
             precision: h of all coordinates (D,); it counts at `hierarchical_sites`.
             shift: b of all coordinates (D,).
         """
+        check_tensor("LogJoint.recentred", "precision", precision, (self.latent_dim,))
+        check_tensor("LogJoint.recentred", "shift", shift, (self.latent_dim,))
         other = copy.copy(self)
         other._centring = self._centring_of(precision, shift)
         other._graphs, other._recorded = {}, None
@@ -640,6 +670,9 @@ class LogJoint:
         Returns:
             The other coordinates (..., D) and the ladj (...) of this direction.
         """
+        check_tensor("LogJoint.move", "precision", precision, (self.latent_dim,), finite=False)
+        check_tensor("LogJoint.move", "shift", shift, (self.latent_dim,), finite=False)
+        check_flag("LogJoint.move", "inverse", inverse)
         self._expect(z)
         return self._moved(z, self._centring_of(precision, shift), inverse)
 
@@ -684,6 +717,7 @@ class LogJoint:
             >>> joint.failing_sites(torch.zeros(1))
             ['y']
         """
+        check_tensor("LogJoint.failing_sites", "z", z, (self.latent_dim,), finite=False)
         with torch.no_grad(), fast_pyro(), poutine.block():
             model = poutine.condition(self.model, self.unpack(z))
             nodes: dict[str, Any] = dict(
@@ -698,6 +732,9 @@ class LogJoint:
 
     def init(self, init_loc_fn: InitLocFn, seed: int = 0) -> Tensor:
         """The coordinates (D,) of another initial point."""
+        wanted = "a function of a site, such as pyro's init_to_median"
+        check_callable("LogJoint.init", "init_loc_fn", init_loc_fn, wanted, count=1)
+        check_seed("LogJoint.init", seed)
         with torch.random.fork_rng(devices=[]), fast_pyro():
             torch.manual_seed(seed)
             trace = trace_prototype(self.model, self.args, self.kwargs, init_loc_fn)

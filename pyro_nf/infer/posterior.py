@@ -14,7 +14,18 @@ from pyro.infer.autoguide import AutoContinuous, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 
-from pyro_nf._checks import check_count, check_positive
+from pyro_nf._checks import (
+    check_arguments,
+    check_choice,
+    check_count,
+    check_entries,
+    check_flag,
+    check_kind,
+    check_model,
+    check_positive,
+    seed_or_fresh,
+    shown,
+)
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.infer.diagnosis import Diagnosis, check_sites, judge
 from pyro_nf.infer.export import inference_data
@@ -97,7 +108,7 @@ class Posterior:
         kwargs: Mapping[str, Any] | None = None,
         *,
         num_draws: int = 1000,
-        seed: int = 0,
+        seed: int | None = 0,
         joint: LogJoint | None = None,
         history: History | None = None,
     ) -> Posterior:
@@ -117,6 +128,22 @@ class Posterior:
             ValueError: If no draw has a finite density.
             TypeError: If the guide is of another kind, or a single point.
         """
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(
+                f"Posterior: args must be a tuple of the model's arguments, got {shown(args)}; "
+                "write args=(y,) for one of them."
+            )
+        check_kind("Posterior", "guide", guide, (AutoContinuous, AutoNormal))
+        if joint is None:
+            mine = guide._plain_model if isinstance(guide, AutoFlow) else None
+            own = mine[0] if mine else guide.model
+            check_arguments("Posterior", own if model is None else model, args, kwargs)
+        elif model is not None:
+            check_model("Posterior", model)
+        check_kind("Posterior", "kwargs", kwargs, Mapping, optional=True)
+        check_kind("Posterior", "joint", joint, LogJoint, optional=True)
+        check_kind("Posterior", "history", history, History, optional=True)
+        seed = seed_or_fresh("Posterior", seed)
         check_count("Posterior", "num_draws", num_draws)
         if not isinstance(guide, (AutoContinuous, AutoNormal)):
             raise TypeError(
@@ -237,7 +264,7 @@ class Posterior:
         """Standard error of ``log_evidence``."""
         return self.weights.log_evidence_se
 
-    def resample(self, num_draws: int | None = None, *, seed: int = 0) -> Posterior:
+    def resample(self, num_draws: int | None = None, *, seed: int | None = 0) -> Posterior:
         """Draws with equal weights, by systematic resampling with the smoothed weights.
 
         Args:
@@ -248,6 +275,7 @@ class Posterior:
             A posterior whose draws need no weights; some stand in it more than once, so that the
             effective sample size is that of the weights, and not the number of these draws.
         """
+        seed = seed_or_fresh("Posterior.resample", seed)
         count = len(self) if num_draws is None else num_draws
         check_count("Posterior.resample", "num_draws", count)
         generator = torch.Generator().manual_seed(seed)
@@ -271,7 +299,7 @@ class Posterior:
         others: Sequence[Posterior] = (),
         *,
         max_seconds: float | None = None,
-        seed: int = 1,
+        seed: int | None = 1,
     ) -> Diagnosis:
         """Says how far the draws can be trusted, and what to do next.
 
@@ -296,6 +324,9 @@ class Posterior:
                 changed since they were drawn.
             ValueError: If there is a single draw.
         """
+        check_entries("Posterior.diagnose", "others", others, Posterior)
+        check_positive("Posterior.diagnose", "max_seconds", max_seconds, optional=True)
+        seed = seed_or_fresh("Posterior.diagnose", seed)
         if max_seconds is not None:
             check_positive("Posterior.diagnose", "max_seconds", max_seconds)
         if self.log_q is not None and self.without_weights:
@@ -325,7 +356,7 @@ class Posterior:
         num_chains: int = 4,
         num_draws: int = 500,
         warmup: int = 200,
-        seed: int = 0,
+        seed: int | None = 0,
         progress: bool = True,
     ) -> Posterior:
         """Better draws from the same guide.
@@ -350,6 +381,12 @@ class Posterior:
             TypeError: If chains are asked for and the guide has no single transform.
             RuntimeError: If chains are asked for and the density is another one at each look.
         """
+        check_choice("Posterior.refine", "method", method, ("psis", "neutra", "independence"))
+        check_count("Posterior.refine", "num_chains", num_chains)
+        check_count("Posterior.refine", "num_draws", num_draws)
+        check_count("Posterior.refine", "warmup", warmup, at_least=0)
+        check_flag("Posterior.refine", "progress", progress)
+        seed = seed_or_fresh("Posterior.refine", seed)
         if method == "psis":
             return self.resample(seed=seed)
         if self.joint.is_random:
@@ -421,6 +458,7 @@ class Posterior:
         Returns:
             A table that prints itself; ``table.rows`` has the numbers.
         """
+        check_flag("Posterior.summary", "weighted", weighted)
         has_weights = weighted and not self.without_weights
         weights = self.weights.normalized if has_weights else None
         return summarize(self.samples, weights, self.chains)
@@ -430,7 +468,7 @@ class Posterior:
         *args: Any,
         num_draws: int | None = None,
         sites: Sequence[str] = (),
-        seed: int = 0,
+        seed: int | None = 0,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Runs the model forward from the draws.
@@ -450,6 +488,16 @@ class Posterior:
         Raises:
             ValueError: If the model has no such site.
         """
+        check_count("Posterior.predictive", "num_draws", num_draws, optional=True)
+        if num_draws is not None and num_draws > len(self):
+            raise ValueError(
+                f"Posterior.predictive: num_draws must be at most {len(self)}, all that there are, "
+                f"got {num_draws}; take more draws, as by fit.posterior({num_draws})."
+            )
+        check_entries("Posterior.predictive", "sites", sites, str)
+        seed = seed_or_fresh("Posterior.predictive", seed)
+        if args or kwargs:
+            check_arguments("Posterior.predictive", self.joint.model, args, kwargs)
         model = self.joint.model
         if not args and not kwargs:
             args, kwargs = self.joint.args, self.joint.kwargs
@@ -493,6 +541,9 @@ class Posterior:
             log_evidence as attributes; without weights the reason as ``without_weights``),
             observed_data and, if asked for, log_likelihood.
         """
+        check_kind("Posterior.to_arviz", "coords", coords, Mapping, optional=True)
+        check_kind("Posterior.to_arviz", "dims", dims, Mapping, optional=True)
+        check_flag("Posterior.to_arviz", "log_likelihood", log_likelihood)
         # A density that is another one at each look is no property of a draw.
         stats = {} if self.joint.is_random else {"lp": self.log_p}
         attributes: dict[str, float | str]
@@ -536,6 +587,13 @@ class Posterior:
             RuntimeError: If there is no history, or there are no weights, to draw.
             ImportError: If matplotlib is missing.
         """
+        check_choice("Posterior.plot", "what", what, ("pairs", "loss", "weights"))
+        if sites is not None:
+            check_entries("Posterior.plot", "sites", sites, str)
+            if unknown := set(sites) - set(self.samples):
+                raise ValueError(
+                    f"Posterior.plot: sites must be of {list(self.samples)}, got {sorted(unknown)}."
+                )
         from pyro_nf.plots import loss_curve, pair_plot, weights_plot
 
         if what == "pairs":

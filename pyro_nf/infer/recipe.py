@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_nf._checks import check_count, check_kind
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.gaussians import MAX_FULL_DIM
@@ -79,6 +80,8 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
         start: Gives m_0 and L_0.
         rank: Size of the subspace in high dimensions.
     """
+    check_kind("affine_base", "start", start, Start)
+    check_count("affine_base", "rank", rank)
     dim = len(start.loc)
     learned = LowerAffine(dim) if dim <= MAX_FULL_DIM else LowRankAffine(dim, rank)
     return Chain([learned.to(start.loc), FixedAffine(start.loc, start.scale)])

@@ -10,6 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import (
+    check_clock,
+    check_count,
+    check_event,
+    check_has,
+    check_positive,
+    check_seed,
+    check_tensor,
+)
 from pyro_nf.infer.climbs import BatchedLBFGS, mean_field_climb, newton_climb
 from pyro_nf.infer.gaussians import (
     COUNT_PROBES,
@@ -60,6 +69,7 @@ class Start:
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """z (..., D) = m_0 + L_0 eps and log q(z) (...,)."""
+        check_event("Start", "eps", eps, len(self.loc), 1)
         return sample_gaussian(self.loc, self.scale, eps)
 
 
@@ -160,6 +170,17 @@ def laplace_start(
         >>> start.loc.round().tolist(), (start.scale_tril.diagonal() * 10).round().tolist()
         ([500.0, -300.0], [20.0, 20.0])
     """
+    check_has("laplace_start", "joint", joint, ("value_and_grad", "init_loc"), "a LogJoint")
+    check_tensor("laplace_start", "init", init, (len(joint.init_loc),), optional=True)
+    check_count("laplace_start", "count_starts", count_starts)
+    check_count("laplace_start", "count_climbers", count_climbers)
+    check_count("laplace_start", "count_modes", count_modes)
+    check_count("laplace_start", "count_draws", count_draws)
+    check_count("laplace_start", "count_refine", count_refine, at_least=0)
+    check_count("laplace_start", "max_steps", max_steps)
+    check_positive("laplace_start", "max_seconds", max_seconds, optional=True)
+    check_seed("laplace_start", seed)
+    check_clock("laplace_start", clock)
     search = StartSearch(
         Metered.of(joint, max_seconds, clock),
         joint.init_loc if init is None else init,

@@ -8,6 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import check_event, check_kind, check_rows, check_work
 from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
 from pyro_nf.train.budget import Budget
 from pyro_nf.transforms.linear import shrunk_covariance
@@ -81,6 +82,11 @@ def fit_gaussian_mixture(
         >>> round(-mixture().log_prob(x).mean().item(), 1)  # log 2 + the entropy of a normal
         2.1
     """
+    check_rows("fit_gaussian_mixture", "x", x)
+    check_rows("fit_gaussian_mixture", "validation", validation, x.shape[1])
+    check_kind("fit_gaussian_mixture", "generator", generator, torch.Generator, optional=True)
+    check_kind("fit_gaussian_mixture", "budget", budget, Budget, optional=True)
+    check_work("fit_gaussian_mixture", "most_work", most_work)
     budget = Budget() if budget is None else budget
     n, dtype = len(x), x.dtype
     d = x.shape[1]
@@ -226,6 +232,7 @@ class GaussianCopula:
     """
 
     def __init__(self, y: Tensor) -> None:
+        check_rows("GaussianCopula", "y", y)
         n, d = y.shape
         count = min(_MOST_KERNELS, max(int((_MOST_KERNEL_VALUES / d) ** 0.5), 50))
         self.kernels = y[:: math.ceil(n / count)].double()
@@ -256,6 +263,8 @@ class GaussianCopula:
             y: Points.
             budget: Seconds that it may take; the result is then flat.
         """
+        check_event("GaussianCopula", "y", y, self.kernels.shape[1], 1)
+        check_kind("GaussianCopula", "budget", budget, Budget, optional=True)
         rows = y.reshape(-1, y.shape[-1]).double()
         at_once = max(_MOST_VALUES_AT_ONCE // (len(self.kernels) * rows.shape[1]), 1)
         pieces = []

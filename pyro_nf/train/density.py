@@ -13,6 +13,18 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_nf._checks import (
+    check_budget,
+    check_count,
+    check_entries,
+    check_flag,
+    check_kind,
+    check_number,
+    check_patience,
+    check_positive,
+    check_running,
+    check_table,
+)
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.train.baselines import GaussianCopula
@@ -209,6 +221,25 @@ def fit_density(
         >>> abs(fit.flow().sample((10_000,)).mean().item() - 3) < 0.3
         True
     """
+    check_kind("fit_density", "flow", flow, Flow, "make one, as nsf(2)")
+    check_table("fit_density", "x", x, flow.input_dim)
+    if not isinstance(validation, (Tensor, tuple)):
+        wanted = "a share between 0 and 1, or rows, or rows and their contexts"
+        check_number("fit_density", "validation", validation, wanted, above=0, below=1)
+    elif isinstance(validation, tuple):
+        check_count("fit_density", "the length of validation", len(validation), at_least=2)
+    check_budget("fit_density", max_steps, max_seconds)
+    check_count("fit_density", "batch_size", batch_size, optional=True)
+    check_positive("fit_density", "learning_rate", learning_rate)
+    wanted = "a number >= 0, or None"
+    check_number("fit_density", "weight_decay", weight_decay, wanted, at_least=0, optional=True)
+    if starts is not None:
+        check_entries("fit_density", "starts", starts, Start)
+    check_flag("fit_density", "baselines", baselines)
+    check_flag("fit_density", "compile", compile)
+    check_patience("fit_density", patience)
+    check_count("fit_density", "check_every", check_every)
+    check_running("fit_density", seed, progress, checkpoint, checkpoint_every, clock)
     result = DensityFit(flow, History(), math.nan)
     if max_steps is None and max_seconds is None:
         max_steps = DEFAULT_STEPS

@@ -363,6 +363,7 @@ def train(
     check_number("train", "average", average, wanted, at_least=0, below=1, optional=True)
     check_flag("train", "raise_decay", raise_decay)
     check_running("train", seed, progress, checkpoint, checkpoint_every, clock)
+    check_number("train", "seconds_before", seconds_before, "a number >= 0", at_least=0)
     check_kind("train", "metric", metric, str)
     check_kind("train", "settings", settings, Mapping, optional=True)
     if max_steps is None and max_seconds is None:

@@ -8,6 +8,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pyro_nf._checks import (
+    check_context,
+    check_count,
+    check_kind,
+    check_listed,
+    check_rows,
+    check_work,
+)
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.student import StudentT
 from pyro_nf.train.baselines import fit_gaussian_mixture
@@ -46,6 +54,9 @@ class AsGiven(Start):
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Do nothing."""
+        check_kind("AsGiven", "flow", flow, Flow)
+        check_rows("AsGiven", "y", y, flow.input_dim)
+        check_context("AsGiven", context, flow.context_dim)
 
 
 class Standardised(Start):
@@ -66,6 +77,9 @@ class Standardised(Start):
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers from the data side to the base side."""
+        check_kind("Standardised", "flow", flow, Flow)
+        check_rows("Standardised", "y", y, flow.input_dim)
+        check_context("Standardised", context, flow.context_dim)
         flow.transform.start_from_data(y, context, whiten=False)
 
 
@@ -85,6 +99,9 @@ class Whitened(Start):
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers from the data side to the base side."""
+        check_kind("Whitened", "flow", flow, Flow)
+        check_rows("Whitened", "y", y, flow.input_dim)
+        check_context("Whitened", context, flow.context_dim)
         flow.transform.start_from_data(y, context, whiten=True)
 
 
@@ -108,11 +125,15 @@ class StudentTails(Start):
     """
 
     def __init__(self, start: Start) -> None:
+        check_kind("StudentTails", "start", start, Start)
         self.start = start
         self.name = f"{start.name}, Student t"
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers, then exchange the base."""
+        check_kind("StudentTails", "flow", flow, Flow)
+        check_rows("StudentTails", "y", y, flow.input_dim)
+        check_context("StudentTails", context, flow.context_dim)
         self.start(flow, y, context)
         flow.base = StudentT(flow.input_dim).to(y)
 
@@ -146,10 +167,19 @@ class MixtureBase(Start):
         budget: Budget | None = None,
         most_work: float = math.inf,
     ) -> None:
+        if held_out is not None:
+            check_listed("MixtureBase", "held_out", held_out, "rows and their contexts")
+            check_count("MixtureBase", "the length of held_out", len(held_out), at_least=2)
+            check_rows("MixtureBase", "the first of held_out", held_out[0])
+        check_kind("MixtureBase", "budget", budget, Budget, optional=True)
+        check_work("MixtureBase", "most_work", most_work)
         self.held_out, self.budget, self.most_work = held_out, budget, most_work
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Whiten, then fit the mixture to what the base side sees."""
+        check_kind("MixtureBase", "flow", flow, Flow)
+        check_rows("MixtureBase", "y", y, flow.input_dim)
+        check_context("MixtureBase", context, flow.context_dim)
         Whitened()(flow, y, context)
         last = len(y) - max(len(y) // 10, 1)
         held_out = self.held_out
