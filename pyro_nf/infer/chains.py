@@ -32,7 +32,7 @@ def rhat_and_ess(draws: Tensor, chains: int) -> tuple[float, float]:
         >>> rhat < 1.01 and ess > 2000
         True
     """
-    values: np.ndarray[Any, Any] = draws.detach().double().cpu().numpy().reshape(chains, -1)
+    values: np.ndarray[Any, Any] = draws.detach().cpu().double().numpy().reshape(chains, -1)
     if values.shape[1] < _SHORTEST or (np.ptp(values, axis=1) == 0).any():
         return math.nan, math.nan
     if importlib.util.find_spec("arviz_stats") is not None:  # arviz 1.x, or beside 0.x

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_nf.infer.gaussians import gaussian_elbos, laplace_scale, sample_gaussian
 from pyro_nf.infer.joint import LinAlgError, LogJoint
 from pyro_nf.infer.metered import Metered
+from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import OutOfTime
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -236,9 +237,9 @@ def _newton_steps(
             hessian = torch.where(finite[:, None, None], hessians, 0.0).sum(0) / finite.sum()
             step = slope.mean(0), hessian
         gradient, hessian = step
-        old = torch.cholesky_inverse(L.double())
+        old = torch.cholesky_inverse(in_double(L))
         try:
-            new = laplace_scale(-(1 - rho) * old + rho * hessian.double()).to(L)
+            new = laplace_scale(-(1 - rho) * old + rho * in_double(hessian)).to(L)
         except (ValueError, LinAlgError):
             return
         m = loc + rho * (new @ (new.mT @ gradient))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.metered import Metered
+from pyro_nf.ops.devices import in_double
 
 # Above this many dimensions no D x D matrix is made: the candidates have diagonal scales.
 MAX_FULL_DIM = 300
@@ -48,7 +49,7 @@ def laplace_scale(hessian: Tensor, max_scale: float = MAX_SCALES[-1]) -> Tensor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("laplace_scale: the Hessian is not finite.")
-    precision, axes = torch.linalg.eigh(-hessian.double())
+    precision, axes = torch.linalg.eigh(-in_double(hessian))
     # Rounding hides eigenvalues that are this much smaller than the largest.
     floor = torch.finfo(hessian.dtype).eps * precision.abs().max()
     variance = 1 / precision.abs().clamp_min(floor).clamp_min(max_scale**-2)
@@ -56,7 +57,7 @@ def laplace_scale(hessian: Tensor, max_scale: float = MAX_SCALES[-1]) -> Tensor:
     root = axes * variance.sqrt()
     R = torch.linalg.qr(root.mT)[1]
     lower = (R * R.diagonal().sign().unsqueeze(-1)).mT
-    return lower.to(hessian.dtype)
+    return lower.to(hessian)
 
 
 def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,4 +90,4 @@ def gaussian_elbos(
     failed = ~torch.isfinite(log_p)
     # A Gaussian half of whose draws have no density is no start, yet a few failures are no ruin.
     elbo = torch.where(failed, 0.0, log_p - log_q).sum(-1) / (~failed).sum(-1).clamp_min(1)
-    return torch.where(failed.double().mean(-1) < 0.25, elbo, -torch.inf)
+    return torch.where(failed.to(elbo).mean(-1) < 0.25, elbo, -torch.inf)

@@ -50,6 +50,7 @@ from pyro_nf.infer.sites import (
 from pyro_nf.infer.start import Start
 from pyro_nf.infer.supports import bijection, is_flat
 from pyro_nf.infer.tempering import whitened
+from pyro_nf.ops.devices import device_of
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.base import Chain, FlowTransform, indented
@@ -236,6 +237,9 @@ class AutoFlow(AutoContinuous):
             raise
 
     def _read_prototype(self, *args: Any, **kwargs: Any) -> None:
+        device = device_of(self._plain_model[0], args, kwargs)
+        if device is not None and device != torch.get_default_device():
+            self._start_flat_priors_in(None, device)
         try:
             self._read_sites(*args, **kwargs)
         except RuntimeError as error:
@@ -243,11 +247,11 @@ class AutoFlow(AutoContinuous):
                 raise
             default = torch.get_default_dtype()
             other = torch.float32 if default == torch.float64 else torch.float64
-            self._start_flat_priors_in(other)
+            self._start_flat_priors_in(other, device)
             self._read_sites(*args, **kwargs)
         flat = [site["value"].dtype for _, site in self._sites() if is_flat(site["fn"])]
         if flat and (computed := self._computed_dtype(args, kwargs)) not in flat:
-            self._start_flat_priors_in(computed)
+            self._start_flat_priors_in(computed, device)
             self._read_sites(*args, **kwargs)
 
     def _read_sites(self, *args: Any, **kwargs: Any) -> None:
@@ -288,9 +292,9 @@ class AutoFlow(AutoContinuous):
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
             return torch.as_tensor(trace.log_prob_sum()).dtype
 
-    def _start_flat_priors_in(self, dtype: torch.dtype) -> None:
-        """Flat priors have no dtype of their own: theirs is that of the data they meet."""
-        init = InitMessenger(init_anywhere(self._init_loc_fn, dtype))
+    def _start_flat_priors_in(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        """Flat priors have no dtype and device of their own: theirs are those of the data."""
+        init = InitMessenger(init_anywhere(self._init_loc_fn, dtype, device))
         self._model = (init(self._plain_model[0]),)
 
     def _refuse_moving_supports(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -636,7 +640,7 @@ class AutoFlow(AutoContinuous):
         sites = dict(self._sites())
         if set(values) != set(sites):
             raise ValueError(f"AutoFlow: wanted values of {sorted(sites)}, got {sorted(values)}.")
-        pieces, ladj = [], torch.zeros(())
+        pieces, ladj = [], self.coordinates.loc.new_zeros(())
         for name, site in sites.items():
             place, value = self._places[name], values[name]
             lead = value.shape[: value.dim() - site["value"].dim()]

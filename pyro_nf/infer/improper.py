@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_nf.infer.sites import LatentSite, Model, latent_nodes
 from pyro_nf.infer.substitute import SafeLinalg, fast_pyro
 from pyro_nf.infer.supports import bijection, is_flat
+from pyro_nf.ops.devices import in_double
 
 # Spreads of the points around the initial one at which the log joint is looked at.
 _SPREADS = (0.3, 1.0, 3.0)
@@ -207,7 +208,7 @@ def refuse_flat_directions(
         return
     columns = (grad - grad[0])[:, loose]
     size = columns.norm(dim=0).clamp_min(torch.finfo(grad.dtype).tiny)
-    _, S, Vh = torch.linalg.svd((columns / size).double(), full_matrices=False)
+    _, S, Vh = torch.linalg.svd(in_double(columns / size), full_matrices=False)
     for direction in Vh[1e3 * eps * S[0] >= S].to(grad) / size:
         full = torch.zeros_like(init_loc)
         full[loose] = direction / direction.norm()

@@ -1,6 +1,7 @@
 """The log joint density of a Pyro model as one batched function of one flat vector."""
 
 import copy
+import math
 import random
 import time
 import warnings
@@ -525,7 +526,8 @@ class LogJoint:
             is faster.
         """
         check_count("LogJoint.trace", "batch_size", batch_size)
-        check_number("LogJoint.trace", "max_seconds", max_seconds)
+        if max_seconds != math.inf:
+            check_number("LogJoint.trace", "max_seconds", max_seconds)
         check_clock("LogJoint.trace", clock)
         check_flag("LogJoint.trace", "compile", compile)
         check_flag("LogJoint.trace", "if_faster", if_faster)

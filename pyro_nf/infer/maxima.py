@@ -232,7 +232,7 @@ def prior_draws(joint: LogJoint, count: int) -> Tensor:
 
 def _prior_sites(joint: LogJoint, *around: Any) -> dict[str, Tensor]:
     """The unconstrained coordinates of each site of one run that draws the prior."""
-    draw = InitMessenger(init_anywhere(init_to_sample, joint.init_loc.dtype))
+    draw = InitMessenger(init_anywhere(init_to_sample, joint.init_loc.dtype, joint.init_loc.device))
     with contextlib.ExitStack() as stack:
         for context in (torch.no_grad(), fast_pyro(), poutine.block(), draw, *around):
             stack.enter_context(context)

@@ -22,6 +22,7 @@ from pyro_nf.infer.maxima import (
     prior_reference,
     starts,
 )
+from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import Budget
 from pyro_nf.train.randomness import own_randomness
 
@@ -198,11 +199,11 @@ def _compared(
     each = torch.stack([log_q, *(t.log_prob(points) for t in parts)])
     log_r = (each + shares.log().unsqueeze(-1)).logsumexp(0)
     usable = log_p.isfinite() & log_r.isfinite()
-    log_w = torch.where(usable, log_p - log_r, -torch.inf).double()
+    log_w = in_double(torch.where(usable, log_p - log_r, -torch.inf))
     log_z = log_w.logsumexp(0) - math.log(len(points))
     weights = log_w.softmax(0)
     least_missed = log_z - math.log(UNDER_COVERED)
-    missed = (log_p - log_q > least_missed).double()
+    missed = in_double(log_p - log_q > least_missed)
     mass = (weights * missed).sum()
     square = weights.square().sum()
     unfinished = maxima.unfinished or ("" if is_whole else "the seconds ended it")

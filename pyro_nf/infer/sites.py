@@ -15,18 +15,22 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_nf.infer.supports import Supported, bijection, event_ladj, is_flat, is_pushed
+from pyro_nf.ops.devices import device_of
 
 Model = Callable[..., Any]
 InitLocFn = Callable[..., Tensor]
 Message = Any  # Pyro's message: a dict whose keys depend on the kind of the site
 
 
-def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> InitLocFn:
+def init_anywhere(
+    init_loc_fn: InitLocFn, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> InitLocFn:
     """`init_loc_fn`, with the image of 0 for the sites that it cannot take (flat priors, mixtures).
 
     Args:
         init_loc_fn: one of Pyro's `init_to_*` functions.
         dtype: of the flat priors, which have no parameters to tell it. Default: torch's default.
+        device: of the flat priors. Default: torch's default.
 
     Returns:
         An `init_loc_fn` that takes `ImproperUniform` sites too.
@@ -41,7 +45,9 @@ def init_anywhere(init_loc_fn: InitLocFn, dtype: torch.dtype | None = None) -> I
         except NotImplementedError:
             flat, transform = is_flat(fn), bijection(site["name"], fn)
         shape = transform.inverse_shape(fn.shape())
-        return transform(torch.zeros(shape, dtype=dtype if flat else fn.sample().dtype))
+        if flat:
+            return transform(torch.zeros(shape, dtype=dtype, device=device))
+        return transform(fn.sample().new_zeros(shape))
 
     return init
 
@@ -85,11 +91,11 @@ def trace_prototype(
     """
 
     def run(dtype: torch.dtype) -> poutine.Trace:
-        started = InitMessenger(init_anywhere(init_loc_fn, dtype))(model)
+        started = InitMessenger(init_anywhere(init_loc_fn, dtype, device))(model)
         with poutine.block():
             return poutine.trace(started).get_trace(*args, **(kwargs or {}))
 
-    default = torch.get_default_dtype()
+    default, device = torch.get_default_dtype(), device_of(model, args, kwargs)
     try:
         trace = run(default)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.infer.chains import rhat_and_ess
+from pyro_nf.ops.devices import in_double
 from pyro_nf.ops.entries import entries
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -96,7 +97,7 @@ def summarize(
     """
     rows = []
     for label, draws in entries(samples):
-        values = draws.double()
+        values = in_double(draws)
         mixing = rhat_and_ess(values, chains) if chains > 1 else (None, None)
         rows.append(Row(label, *_moments(values, weights), *mixing))
     return Summary(tuple(rows))

@@ -18,6 +18,7 @@ from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.infer.joint import LinAlgError, LogJoint
 from pyro_nf.infer.metered import Metered
 from pyro_nf.infer.start import Start
+from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 
 # Share of the particles whose effective number survives a cooling step.
@@ -49,7 +50,7 @@ class Cloud:
 def _root(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and lower root of the covariance of particles (N, D), a little shrunk."""
     mean = z.mean(0)
-    centred = (z - mean).double()
+    centred = in_double(z - mean)
     cov = centred.mT @ centred / (len(z) - 1)
     weight = z.shape[1] / (z.shape[1] + len(z))
     cov = (1 - weight) * cov + weight * cov.diagonal().diag_embed()
@@ -116,7 +117,7 @@ def tempered_cloud(
         for _ in range(_MOST_COOLINGS):
             ratio = torch.where(torch.isfinite(log_p), log_p - log_w, -torch.inf)
             rise = _rise(ratio, 1 - beta)
-            weights = (rise * ratio).double()
+            weights = in_double(rise * ratio)
             cumulative = weights.softmax(0).cumsum(0)
             strata = (torch.arange(count) + torch.rand((), generator=g)).to(cumulative) / count
             z = z[torch.searchsorted(cumulative, strata * cumulative[-1]).clamp_max(count - 1)]
@@ -151,7 +152,7 @@ def _rise(ratio: Tensor, most: float) -> float:
     """The largest rise of beta that leaves half of the particles, by bisection."""
 
     def survivors(rise: float) -> float:
-        w = (rise * ratio).double().softmax(0)
+        w = in_double(rise * ratio).softmax(0)
         return float(1 / (w**2).sum() / len(w))
 
     if survivors(most) > _SURVIVORS:
@@ -189,14 +190,14 @@ def fit_mixture(
     g = torch.Generator().manual_seed(seed)
     mean, root = _root(z)
     # In whitened coordinates distances mean something.
-    x = torch.linalg.solve_triangular(root.mT, z - mean, upper=True, left=False).double()
+    x = in_double(torch.linalg.solve_triangular(root.mT, z - mean, upper=True, left=False))
     budget = budget or Budget()
     tries = [
         _expectation_maximisation(x, count_components, count_steps, g, budget)
         for _ in range(_TRIES)
     ]
     _, log_weights, centres, L = max(tries, key=lambda result: result[0])
-    root64 = root.double()
+    root64 = in_double(root)
     means = mean + (centres @ root64.mT).to(z)
     return log_weights.to(z), means, (root64 @ L).to(z)
 
@@ -210,7 +211,9 @@ def _expectation_maximisation(
     centres = x[torch.randint(n, (1,), generator=g)]
     for _ in range(count_components - 1):
         distance = torch.cdist(x, centres).amin(-1) ** 2
-        centres = torch.cat([centres, x[torch.multinomial(distance, 1, generator=g)]])
+        centres = torch.cat(
+            [centres, x[torch.multinomial(distance.cpu(), 1, generator=g).to(x.device)]]
+        )
     share = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(-1), count_components).to(x)
     for _ in range(count_steps):
         budget.expect()
@@ -250,7 +253,7 @@ def whitened(mixture: GaussianMixture) -> tuple[Start, GaussianMixture]:
         loc = pi @ means
         centred = means - loc
         cov = (pi[:, None, None] * (roots @ roots.mT)).sum(0) + (pi * centred.mT) @ centred
-        scale = torch.linalg.cholesky(cov.double()).to(loc)
+        scale = torch.linalg.cholesky(in_double(cov)).to(loc)
         white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
         white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
         return Start(loc, scale, math.nan), mixture_of(mixture.logits, white, white_roots)
@@ -355,7 +358,7 @@ class PieceSearch:
         centred = points - points.mean(0)
         cov = _WIDER**2 * start.scale_tril @ start.scale_tril.mT + centred.mT @ centred
         with suppress(OutOfTime, LinAlgError):
-            loc, wide = points.mean(0), torch.linalg.cholesky(cov.double()).to(cov)
+            loc, wide = points.mean(0), torch.linalg.cholesky(in_double(cov)).to(cov)
             # What the start does not reach may lie within reach of the pieces that it does.
             for _ in range(_ROUNDS):
                 cloud = tempered_cloud(self.joint, loc, wide, seed=self.seed)

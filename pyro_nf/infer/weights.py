@@ -121,7 +121,7 @@ def smooth(log_weights: Tensor) -> Weights:
         (100, 0.0)
     """
     check_tensor("smooth", "log_weights", log_weights, (None,), finite=False)
-    raw = log_weights.detach().double().cpu()
+    raw = log_weights.detach().cpu().double()
     finite = raw.isfinite()
     if bool((raw.isnan() | (raw == math.inf)).any()) or not bool(finite.any()):
         raise ValueError(

@@ -72,7 +72,7 @@ def ends(space: Constraint) -> tuple[Tensor, Tensor] | None:
     if low is None and high is None and space is not constraints.real:
         return None
     low, high = -math.inf if low is None else low, math.inf if high is None else high
-    return torch.as_tensor(low).double().cpu(), torch.as_tensor(high).double().cpu()
+    return torch.as_tensor(low).cpu().double(), torch.as_tensor(high).cpu().double()
 
 
 def is_within(inner: Constraint, outer: Constraint) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_nf._checks import check_event, check_kind, check_rows, check_work
 from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
+from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import Budget
 from pyro_nf.transforms.linear import shrunk_covariance
 
@@ -88,12 +89,11 @@ def fit_gaussian_mixture(
     check_kind("fit_gaussian_mixture", "budget", budget, Budget, optional=True)
     check_work("fit_gaussian_mixture", "most_work", most_work)
     budget = Budget() if budget is None else budget
-    n, dtype = len(x), x.dtype
-    d = x.shape[1]
+    given, (n, d) = x, x.shape
     most_rows = min(MOST_ROWS, max(MOST_ENTRIES // d**2, 1))
     if n > most_rows:
         x = x[torch.randperm(n, generator=generator)[:most_rows].to(x.device)]
-    x, validation = x.double(), validation.double()
+    x, validation = in_double(x), in_double(validation)
     products = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(1)  # row i: all entries of x_i x_i^T
     best = GaussianMixture(d, 1).to(x)
     best_value = _mean_log_prob(best, validation)
@@ -110,7 +110,7 @@ def fit_gaussian_mixture(
             best, best_value, worse = mixture, value, 0
         else:
             worse += 1
-    return best.to(dtype)
+    return best.to(given)
 
 
 def _mean_log_prob(mixture: GaussianMixture, x: Tensor) -> float:
@@ -193,7 +193,10 @@ def _k_means(
     for i in range(k):
         if i > 0 and budget.is_spent():
             break
-        trials = x[torch.multinomial(weights, count_trials, replacement=True, generator=generator)]
+        picked = torch.multinomial(
+            weights.cpu(), count_trials, replacement=True, generator=generator
+        )
+        trials = x[picked.to(x.device)]
         squares = torch.minimum(nearest_square, torch.cdist(x, trials).square())
         best = squares.sum(0).argmin()
         centres, nearest_square = torch.cat((centres, trials[best, None])), squares[:, best, None]
@@ -235,11 +238,11 @@ class GaussianCopula:
         check_rows("GaussianCopula", "y", y)
         n, d = y.shape
         count = min(_MOST_KERNELS, max(int((_MOST_KERNEL_VALUES / d) ** 0.5), 50))
-        self.kernels = y[:: math.ceil(n / count)].double()
+        self.kernels = in_double(y[:: math.ceil(n / count)])
         low, high = torch.quantile(
-            y[:: math.ceil(n / MOST_ROWS)].double(), _QUARTILES.to(y.device), 0
+            in_double(y[:: math.ceil(n / MOST_ROWS)]), _QUARTILES.to(self.kernels.device), 0
         )
-        sd = y.double().std(0, correction=0)
+        sd = in_double(y).std(0, correction=0)
         spread = torch.minimum(sd, (high - low) / 1.349)  # 1.349 sd: a normal's interquartile range
         spread = torch.where(spread > 1e-3 * sd, spread, sd).clamp_min(1e-9)
         self.bandwidth = 0.9 * spread * len(self.kernels) ** -0.2
@@ -265,7 +268,7 @@ class GaussianCopula:
         """
         check_event("GaussianCopula", "y", y, self.kernels.shape[1], 1)
         check_kind("GaussianCopula", "budget", budget, Budget, optional=True)
-        rows = y.reshape(-1, y.shape[-1]).double()
+        rows = in_double(y.reshape(-1, y.shape[-1]))
         at_once = max(_MOST_VALUES_AT_ONCE // (len(self.kernels) * rows.shape[1]), 1)
         pieces = []
         for piece in rows.split(min(at_once, _ROWS_AT_ONCE)):

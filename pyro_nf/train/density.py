@@ -27,6 +27,7 @@ from pyro_nf._checks import (
 )
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
+from pyro_nf.ops.devices import in_double
 from pyro_nf.train.baselines import GaussianCopula
 from pyro_nf.train.budget import Budget
 from pyro_nf.train.checkpoint import load_fit
@@ -585,7 +586,7 @@ def _has_plain_base(flow: Flow) -> bool:
 
 def _log_scales(units: FixedAffine | None) -> float:
     """What units add to a negative log density."""
-    return 0.0 if units is None else units.scale.double().log().sum().item()
+    return 0.0 if units is None else in_double(units.scale).log().sum().item()
 
 
 def _mean_loss(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_nf._checks import check_context, check_event
 from pyro_nf.flows.flow import Flow
+from pyro_nf.ops.devices import in_double
 from pyro_nf.transforms.affine import FixedAffine
 
 MOST_ROUNDING = 0.05
@@ -90,7 +91,7 @@ def units_of(values: Tensor) -> FixedAffine:
         >>> [float(f"{value:.3g}") for value in (units.loc.item(), units.scale.item())]
         [2e+30, 1e+30]
     """
-    y = values.double()
+    y = in_double(values)
     median, spread = _median_and_spread(values)
     z = ((y - median) / spread).clamp(-FAR, FAR)
     scale = z.std(0, correction=0).clamp_min(LEAST_SCALE)
@@ -106,7 +107,7 @@ def _median_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
     few = Table(values, None).some(MOST_COUNTED_ROWS).y
     if not bool((few != few[0]).any(0).all()):
         few = values
-    y = few.double()
+    y = in_double(few)
     median = y.median(0).values
     spreads = []
     for distance in (y - median).abs().T:
@@ -175,7 +176,7 @@ def _in_dtype_of(flow: Flow, name: str, values: Tensor) -> Tensor:
 
 def _rounded_away(values: Tensor, cast: Tensor) -> Tensor:
     """Which columns another dtype cannot hold."""
-    y = values.double()
+    y = in_double(values)
     median, spread = _median_and_spread(values)
     far = ((y - median) / spread).abs() > FARTHEST  # such a row is named for that
     rounding = (cast.to(y) - y).abs().where(~far | cast.isinf(), 0.0).amax(0)
@@ -212,7 +213,7 @@ def check_nothing_far(name: str, values: Tensor, units: FixedAffine) -> None:
         values: Shape ``(N, D)``.
         units: Units of the columns.
     """
-    distance = ((values.double() - units.loc.double()) / units.scale.double()).abs()
+    distance = ((in_double(values) - in_double(units.loc)) / in_double(units.scale)).abs()
     far = distance > FARTHEST
     if bool(far.any()):
         row, column = divmod(int(distance.argmax()), distance.shape[1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf._checks import check_count
+from pyro_nf.ops.devices import in_double
 from pyro_nf.ops.gradients import by_hand
 from pyro_nf.ops.layout import in_columns
 from pyro_nf.transforms.base import FlowTransform
@@ -93,8 +94,7 @@ class LULinear(FlowTransform):
         self._check_rows(y, context, whiten)
         with torch.no_grad():
             # nearly equal columns need the digits, which Apple's devices do not have
-            rows = y.cpu() if y.device.type == "mps" else y
-            covariance = shrunk_covariance(rows.double())
+            covariance = shrunk_covariance(in_double(y))
             if not whiten:
                 covariance = covariance.diagonal().diag_embed()
             factor = torch.linalg.cholesky(covariance)
