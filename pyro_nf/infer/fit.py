@@ -535,4 +535,10 @@ def _default_guide(joint: LogJoint, count_components: int) -> AutoFlow:
 def _recentring_of(tensors: Mapping[str, Tensor], joint: LogJoint) -> Recentre | None:
     """The recentring of the guide whose state this is, if it has one."""
     keys = [RECENTRING + name for name in ("precision", "shift")]
+    if keys[0] in tensors and tensors[keys[0]].shape != joint.init_loc.shape:
+        raise ValueError(
+            "fit_svi: the checkpoint is of another architecture: its guide has "
+            f"{tensors[keys[0]].numel()} unconstrained coordinates, the model {joint.latent_dim}. "
+            "Resume with the model and the arguments that it had, or give another file."
+        )
     return Recentre(joint, *(tensors[key] for key in keys)) if keys[0] in tensors else None
