@@ -372,7 +372,8 @@ def check_finite(owner: str, name: str, value: Tensor) -> None:
 
 def size_of(owner: str, name: str, shape: Sequence[int]) -> Size:
     """The shape as a ``torch.Size``; raises unless it is a tuple of integers >= 0."""
-    if type(shape) is not Size:  # torch has checked its own
+    # torch has checked its own; under a tracer sizes are tensors
+    if type(shape) is not Size and torch._C._get_tracing_state() is None:
         check_counts(owner, name, shape, at_least=0, empty=True)
     return Size(shape)
 

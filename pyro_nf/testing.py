@@ -655,6 +655,7 @@ def check_guide(
     store.clear()
     guide = make_guide()
     guide.setup(*args)
+    assert guide.prototype_trace is not None, "setup made no parameter"
     randomize(guide, 0.1)
     names = [name for name, _ in guide.named_parameters()]
     assert names, "setup made no parameter"
