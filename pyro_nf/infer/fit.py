@@ -282,7 +282,7 @@ def fit_svi(
             "objective": digest(objective or ELBO()),
         }
         | ({} if checkpoint is None else _marks(joint)),
-        seconds_before=budget.seconds,
+        seconds_before=max(budget.seconds, 0.0),
         clock=clock,
     )
     return beginning.fit(history)

@@ -163,13 +163,13 @@ class LogJoint:
             trace = prototype or self._first_run(init_loc_fn)
             self._read(trace)
             self.init_loc = self._coordinates(trace)
-            check_priors(self.model, self.args, self.kwargs, trace, self.sites, self._fixed)
+            part = self._budget.part(_CHECK_SHARE)
+            check_priors(self.model, self.args, self.kwargs, trace, self.sites, self._fixed, part)
             run = self._inspect()
             self._check()
-            if not self.is_random:
-                refuse_flat_directions(
-                    self.value_and_grad, self.init_loc, self.sites, suspects(trace)
-                )
+            suspected = suspects(trace)
+            if not self.is_random and (suspected or self.kind != "loop"):  # a run for each point
+                refuse_flat_directions(self.value_and_grad, self.init_loc, self.sites, suspected)
             self._note_hierarchy(trace, run)
 
     def __repr__(self) -> str:
@@ -230,16 +230,7 @@ class LogJoint:
         with fast_pyro(), SafeLinalg():
             log_prob, run = self._run(z, dynamic=True)
             drew = _rng_state() != before
-            # Numbers that were drawn need not change the density, and a generator or a counter of
-            # the model's own need not show: only other runs tell, some of which agree by chance.
-            again = _RUNS_THAT_DREW if drew else _RUNS
-            rounding = 8 * torch.finfo(log_prob.dtype).eps
-            self.is_random = not all(
-                torch.allclose(
-                    self._run(z, dynamic=True)[0], log_prob, rounding, rounding, equal_nan=True
-                )
-                for _ in range(again)
-            )
+            self.is_random = self._differs(z, log_prob, _RUNS_THAT_DREW if drew else _RUNS)
         self.has_parameters = log_prob.requires_grad
         # Flat priors in float32 on data in float64: the density shows what the model computes in.
         self.init_loc = self.init_loc.to(log_prob.dtype)
@@ -252,6 +243,22 @@ class LogJoint:
         ]
         self.dynamic_sites = tuple(moved)
         return run
+
+    def _differs(self, z: Tensor, log_prob: Tensor, count: int) -> bool:
+        """Whether other runs at the same point have another density.
+
+        Numbers that were drawn need not change the density, and a generator or a counter of the
+        model's own need not show: only other runs tell, some of which agree by chance. There is at
+        least one, and as many as there is time for.
+        """
+        part, rounding = self._budget.part(_CHECK_SHARE), 8 * torch.finfo(log_prob.dtype).eps
+        for i in range(count):
+            if i and part.has_seconds and part.is_spent():
+                break
+            again = self._run(z, dynamic=True)[0]
+            if not torch.allclose(again, log_prob, rounding, rounding, equal_nan=True):
+                return True
+        return False
 
     def _note_hierarchy(self, trace: poutine.Trace, run: Substitute) -> None:
         """Which priors moved between two runs at different points."""

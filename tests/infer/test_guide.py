@@ -454,7 +454,8 @@ def test_flat_priors_take_the_dtype_of_the_data(loud: bool) -> None:
 
 def test_parameters_exist_after_setup_and_before_a_step() -> None:
     guide = AutoFlow(regression, small)
-    assert list(guide.parameters()) == []
+    with pytest.warns(UserWarning, match="no parameters before guide.setup"):
+        assert list(guide.parameters()) == []
     assert guide.setup(*data()) is guide
     names = {name for name, _ in guide.named_parameters()}
     assert names
