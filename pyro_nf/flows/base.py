@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -84,8 +85,11 @@ class DiagonalNormal(Base):
         scales = numbers_of("DiagonalNormal", "scale", scale, input_dim)
         if not bool((scales > 0).all()):
             raise ValueError(f"DiagonalNormal: scale must be positive, got {scales.tolist()}.")
-        self.register_buffer("loc", means)
-        self.register_buffer("scale", scales)
+        # a number has no dtype of its own, and takes that of the tensor beside it
+        given = [t.dtype for t in (loc, scale) if isinstance(t, Tensor) and t.is_floating_point()]
+        dtype = reduce(torch.promote_types, given) if given else means.dtype
+        self.register_buffer("loc", means.to(dtype))
+        self.register_buffer("scale", scales.to(dtype))
 
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         return IndependentNormals(

@@ -246,8 +246,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
         """This transform with the context filled in; itself if it takes no context."""
         if self.context_dim:
             return Conditioned(self, context)
-        check_context(type(self).__name__, context, 0)
-        return self
+        check_kind(type(self).__name__, "context", context, Tensor)
+        return self  # Pyro's composition conditions all its parts, those too that take no context
 
     @property
     def inv(self) -> FlowTransform:
