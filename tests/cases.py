@@ -5,10 +5,11 @@ A row makes a fresh object. ``context_dim`` 0 and 2 are both tried where a row t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyro_nf import flows, transforms, univariate
 from pyro_nf.flows.flow import Flow
@@ -40,7 +41,7 @@ def _univariate() -> dict[str, Callable[[], UnivariateMap]]:
         "RationalQuadratic-interval": lambda: univariate.RationalQuadratic(5, interval=(-1.0, 2.0)),
         "Sigmoid": univariate.Sigmoid,
         "SinhArcsinh": univariate.SinhArcsinh,
-        "SmoothAffine": lambda: univariate.SmoothAffine(2.0, 1.5, 0.7),
+        "SmoothAffine": lambda: univariate.SmoothAffine(2.0, 1.5, shift_gain=0.7, scale_gain=1.3),
         "Softplus": univariate.Softplus,
         "Softsign": univariate.Softsign,
         "Tanh": univariate.Tanh,
@@ -146,3 +147,14 @@ FLOW_ROWS = [
 ]
 # What is exported but is no row of its own: the contracts themselves.
 ABSTRACT = {"FlowTransform", "Fixed", "UnivariateMap"}
+
+
+def as_older(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state as it was when LowerAffine had the triangle of L itself."""
+    older = dict(tensors)
+    for name in tensors:
+        if name.endswith("unit_triangle"):
+            stem = name.removesuffix("unit_triangle")
+            scale = tensors[f"{stem}log_diagonal"].exp().unsqueeze(-1)
+            older[f"{stem}triangle"] = scale * older.pop(name)
+    return older

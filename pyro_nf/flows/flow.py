@@ -27,7 +27,7 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.student import StudentT
 from pyro_nf.ops.spaces import describe, is_within
-from pyro_nf.transforms.affine import FixedAffine
+from pyro_nf.transforms.affine import FixedAffine, with_unit_triangles
 from pyro_nf.transforms.base import Chain, FlowTransform, indented
 
 P = ParamSpec("P")
@@ -37,6 +37,7 @@ _BASES: dict[str, Callable[..., Base]] = {
     base.__name__: base for base in (DiagonalNormal, GaussianMixture, StudentT)
 }
 _UNITS = ("units", "context_units")
+_BOUND_OF_A_LAYER = 5.0  # what the log-scales of a layer were bounded by before stacks shared one
 _NOT_BUILT = ("base.", "units.", "context_units.")  # what the arguments of a flow do not decide
 
 
@@ -300,6 +301,7 @@ class Flow(nn.Module):
         def accept(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
             nonlocal flow
             flow = _rebuilt(path, tensors, header) if flow is None else flow
+            tensors = with_unit_triangles(tensors)
             wanted = flow._expected(tensors, header["base"])
             check_same_tensors("Flow.load", wanted, tensors, repr(str(path)))
 
@@ -332,6 +334,17 @@ class Flow(nn.Module):
         return f"{head}\n  base: {self.base!r}\n  transform: " + indented(repr(self.transform))
 
 
+def _with_bound(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a recipe, where older files have no bound on the log-scales of a stack.
+
+    Each layer had one of its own then.
+    """
+    bound = inspect.signature(_RECIPES[name]).parameters.get("max_log_scale")
+    if bound is None or "max_log_scale" in arguments:
+        return dict(arguments)
+    return {**arguments, "max_log_scale": _BOUND_OF_A_LAYER * arguments["count_layers"]}
+
+
 def _unit_scale(loc: Tensor) -> FixedAffine:
     return FixedAffine(torch.zeros(loc.shape), torch.ones(loc.shape)).to(loc)
 
@@ -351,7 +364,7 @@ def _rebuilt(
     if _largest((arguments, sizes)) > max(held, _SMALL):
         raise ValueError(f"it asks for sizes above its {held} numbers")
     with Bounded(tensors):
-        flow = _RECIPES[name](**arguments)
+        flow = _RECIPES[name](**_with_bound(name, arguments))
         if base is None:
             raise InvalidFile(
                 f"Flow.load: {str(path)!r} holds a flow whose base is none of {sorted(_BASES)}; "

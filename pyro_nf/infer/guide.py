@@ -52,7 +52,12 @@ from pyro_nf.infer.supports import bijection, is_flat
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.ops.devices import device_of
 from pyro_nf.train.randomness import own_randomness
-from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
+from pyro_nf.transforms.affine import (
+    FixedAffine,
+    LowerAffine,
+    LowRankAffine,
+    with_unit_triangles,
+)
 from pyro_nf.transforms.base import Chain, FlowTransform, indented
 
 FlowFactory = Callable[[int], Flow | FlowTransform]
@@ -76,7 +81,8 @@ def auto_flow(latent_dim: int) -> FlowTransform:
     """The flow that ``flow="auto"`` takes in plain ``SVI``: cheap, and bounded.
 
     One coordinate gets splines, since an affine autoregressive map of one coordinate is Gaussian.
-    More get :func:`~pyro_nf.infer.recipe.light_layers`: one autoregressive layer.
+    More get :func:`~pyro_nf.infer.recipe.light_layers`: one autoregressive layer, and a shift and
+    scale of each coordinate.
 
     Args:
         latent_dim: The number of unconstrained coordinates.
@@ -167,7 +173,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowFactory | str = "auto",
         *,
         init_loc_fn: InitLocFn = init_to_median,
-        init_scale: float = 0.1,
+        init_scale: float = 0.5,
         count_components: int = 1,
     ) -> None:
         check_model("AutoFlow", model)
@@ -668,7 +674,13 @@ class AutoFlow(AutoContinuous):
 
     def _take_from_param_store(self) -> None:
         store = pyro.get_param_store()
-        self.expect_layers(name for name in list(store) if name.startswith(self._store_name("")))
+        mine = {name: store[name] for name in list(store) if name.startswith(self._store_name(""))}
+        self.expect_layers(mine)
+        renamed = with_unit_triangles(mine)
+        for key in mine.keys() - renamed.keys():
+            del store[key]
+        for key in renamed.keys() - mine.keys():
+            store[key] = renamed[key].detach()
         self._expect_recentring(self._store_name(f"{RECENTRING}precision") in store)
         for key, tensor in self._in_param_store().items():
             if key in store and store[key].shape != tensor.shape:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +50,15 @@ class LowerAffine(FlowTransform):
         scale = self.log_diagonal.exp()
         return torch.addcmul(scale.diag(), self.unit_triangle.tril(-1), scale.unsqueeze(-1))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if f"{prefix}triangle" in state_dict:
+            mine = {n: t for n, t in state_dict.items() if n.startswith(prefix)}
+            del state_dict[f"{prefix}triangle"]
+            state_dict.update(with_unit_triangles(mine))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self.loc + x @ self.scale_tril.mT
         return y, self.log_diagonal.sum().expand(x.shape[:-1])
@@ -61,6 +73,32 @@ class LowerAffine(FlowTransform):
         L = self.scale_tril
         y, ladj = self.loc + x @ L.mT, self.log_diagonal.sum().expand(x.shape[:-1])
         return y, ladj, _solve_rows(L.detach().mT, score, upper=True)
+
+
+def with_unit_triangles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    r"""The tensors of a state, with the parameters of each :class:`LowerAffine` as they are now.
+
+    Older states have ``triangle``, the strict triangle :math:`A` of ``L`` itself:
+
+    .. math:: T = \operatorname{diag}(e^{-s}) \, A
+
+    Args:
+        tensors: The tensors of any module by their names; those of a state of now stay as they are.
+
+    Example:
+        >>> import torch
+        >>> old = {"log_diagonal": torch.full((2,), 2.0).log(), "triangle": torch.ones(2, 2)}
+        >>> with_unit_triangles(old)["unit_triangle"].tolist()
+        [[0.0, 0.0], [0.5, 0.0]]
+    """
+    renamed = dict(tensors)
+    for name in tensors:
+        stem = name.removesuffix("triangle")
+        is_old = name == f"{stem}triangle" and (not stem or stem.endswith("."))
+        if is_old and f"{stem}log_diagonal" in tensors:
+            s = tensors[f"{stem}log_diagonal"].unsqueeze(-1)
+            renamed[f"{stem}unit_triangle"] = renamed.pop(name).tril(-1) * (-s).exp()
+    return renamed
 
 
 class LowRankAffine(FlowTransform):

@@ -467,3 +467,18 @@ def test_11_a_file_keeps_its_dtypes(dtype: torch.dtype, path: Path) -> None:
         n: v.dtype for n, v in flow.state_dict().items()
     }
     assert same_state(loaded, flow)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow", "maf", "iaf"])
+def test_19_a_file_from_before_stacks_shared_a_bound(name: str, path: Path) -> None:
+    """Each layer could scale by e^5 then, and that decides the density where it is reached."""
+    build = getattr(flows, name)
+    flow = randomize(build(3, count_layers=3, max_log_scale=15.0), scale=3.0).double()
+    flow.recipe[1].pop("max_log_scale")
+    flow.save(path)
+    y = 3 * torch.randn(50, 3, dtype=torch.float64)
+    loaded, expected = Flow.load(path), flow().log_prob(y)
+    torch.testing.assert_close(loaded().log_prob(y), expected, rtol=0, atol=0)
+    narrow = build(3, count_layers=3).double()
+    narrow.load_state_dict(flow.state_dict())
+    assert not torch.equal(narrow().log_prob(y), expected)

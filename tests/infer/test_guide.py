@@ -34,7 +34,7 @@ from torch import Tensor
 from pyro_nf import AutoFlow, Posterior, fit_svi, flows, transforms
 from pyro_nf.infer.start import Start
 from pyro_nf.testing import check_guide, randomize
-from tests.cases import RECIPES
+from tests.cases import RECIPES, as_older
 from tests.transforms.test_stock_pyro import FACTORIES
 
 F64 = torch.float64
@@ -518,6 +518,28 @@ def test_restored_in_another_process(way: str, tmp_path: Path) -> None:
     values = {"slope": torch.linspace(1, 3, 5), "noise": torch.linspace(0.1, 0.5, 5)}
     wanted = str(guide.log_prob(values).tolist())
     assert run.stdout.split("\n")[:2] == [wanted, wanted]
+
+
+@pytest.mark.parametrize("way", ["store", "state_dict"])
+def test_19_a_state_with_the_triangle_of_old(way: str) -> None:
+    guide = randomize(AutoFlow(regression, small).setup(*data()), scale=0.3)
+    values = guide(*data())
+    expected = guide.log_prob(values).detach()
+    state = as_older(guide.state_dict())
+    assert "flow.transform.parts.1.triangle" in state
+    store = pyro.get_param_store()
+    if way == "store":
+        older = as_older({name: store[name].detach() for name in store})
+        pyro.clear_param_store()
+        for name, tensor in older.items():
+            store[name] = tensor
+    fresh = AutoFlow(regression, small).setup(*data())
+    if way == "state_dict":
+        fresh.load_state_dict(state)
+    torch.testing.assert_close(fresh.log_prob(values), expected)
+    fresh(*data())
+    torch.testing.assert_close(fresh.log_prob(values), expected)
+    assert not any(name.endswith(".triangle") for name in store)
 
 
 def test_copies() -> None:
