@@ -36,8 +36,9 @@ COUNT_LAYERS, MANY_LAYERS, MANY_LAYERS_DIM = 4, 6, 20
 # carried away by the noise of single particles.
 MAX_LOG_SCALE = 6.0
 HIDDEN_DIM, MAX_HIDDEN_DIM = 64, 256
-# In plain SVI all parameters learn at one rate: that of a layer's many weights is lowered so much.
-LIGHT_GAIN = 1 / 16
+# In plain SVI all parameters learn at one rate. Many weights move a draw together, each by little;
+# the location must go a long way, in units of the scale, so that it comes to rest in narrow ones.
+LIGHT_GAIN, SHIFT_GAIN, SCALE_GAIN = 1 / 16, 32.0, 4.0
 AFFINE_SHARE = 0.12
 AFFINE_RATES = (2e-2, 1e-3)
 # The highest learning rate of the flow: of few steps each must go further.
@@ -88,29 +89,30 @@ def affine_base(start: Start, rank: int = 16) -> Chain:
 
 
 def light_layers(input_dim: int) -> Chain:
-    """One smoothly bounded autoregressive layer: cheap, and for one rate with the affine base.
+    """One autoregressive layer and a shift and scale of each coordinate, all smoothly bounded.
 
     Pyro takes one optimiser for each parameter, so what a step of plain ``SVI`` costs goes by the
-    number of parameters: here there are four. What a draw can be moved and stretched by is bounded,
-    because with single particles a step may follow one wild draw. A skewness of its own would be
-    taken for a shift as long as the location is far off, and be slow to undo.
+    number of parameters: here there are five. What a draw can be moved and stretched by is bounded,
+    because with single particles a step may follow one wild draw. The shift goes far at each step,
+    so that a location far off is reached at small learning rates too.
 
     Args:
         input_dim: Size of the event.
 
     Example:
         >>> len(light_layers(4).parts), len(list(light_layers(4).parameters()))
-        (1, 4)
+        (2, 5)
     """
     width = max(HIDDEN_DIM, min(2 * input_dim, MAX_HIDDEN_DIM))
     layer = Autoregressive(
-        SmoothAffine(gain=LIGHT_GAIN),
+        SmoothAffine(shift_gain=LIGHT_GAIN, scale_gain=LIGHT_GAIN),
         input_dim,
         hidden_dims=(width,),
         activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
         fast="forward",
     )
-    return Chain([layer])
+    far = SmoothAffine(shift_gain=SHIFT_GAIN, scale_gain=SCALE_GAIN)
+    return Chain([layer, Elementwise(far, input_dim)])
 
 
 def autoregressive_layers(input_dim: int) -> Chain:

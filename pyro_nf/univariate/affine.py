@@ -99,17 +99,18 @@ class SmoothAffine(UnivariateMap):
     r"""Shift and scale within smooth bounds, :math:`y = t + x e^{s}`, with an exact inverse.
 
     .. math::
-        t = b_t \tanh(c \, \theta_1 / b_t), \qquad s = b_s \tanh(c \, \theta_2 / b_s)
+        t = b_t \tanh(c_t \, \theta_1 / b_t), \qquad s = b_s \tanh(c_s \, \theta_2 / b_s)
 
     Whatever the parameters, a point is moved by at most :math:`b_t` and stretched by at most
-    :math:`e^{b_s}`. A network with many units changes its outputs by many times the learning rate
-    in a step; the factor :math:`c` makes up for that, so that one learning rate suits the network
-    and the free numbers beside it.
+    :math:`e^{b_s}`. Optimisers like Adam move each parameter by the learning rate in a step: the
+    factors :math:`c` say how far that moves and stretches a point, so that one learning rate suits
+    a network, whose outputs change with all its weights, and free numbers beside it.
 
     Args:
         max_shift: The bound :math:`b_t` on the absolute shift.
         max_log_scale: The bound :math:`b_s` on the absolute log-scale.
-        gain: The factor :math:`c`.
+        shift_gain: The factor :math:`c_t`.
+        scale_gain: The factor :math:`c_s`.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -124,18 +125,25 @@ class SmoothAffine(UnivariateMap):
     num_params = 2
 
     def __init__(
-        self, max_shift: float = 10.0, max_log_scale: float = 3.0, gain: float = 1.0
+        self,
+        max_shift: float = 10.0,
+        max_log_scale: float = 3.0,
+        *,
+        shift_gain: float = 1.0,
+        scale_gain: float = 1.0,
     ) -> None:
         check_positive("SmoothAffine", "max_shift", max_shift)
         check_positive("SmoothAffine", "max_log_scale", max_log_scale)
-        check_positive("SmoothAffine", "gain", gain)
-        self.max_shift, self.max_log_scale, self.gain = max_shift, max_log_scale, gain
+        check_positive("SmoothAffine", "shift_gain", shift_gain)
+        check_positive("SmoothAffine", "scale_gain", scale_gain)
+        self.max_shift, self.max_log_scale = max_shift, max_log_scale
+        self.shift_gain, self.scale_gain = shift_gain, scale_gain
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        a, c = (self.gain * params).unbind(-1)
+        a, c = params.unbind(-1)
         return (
-            self.max_shift * torch.tanh(a / self.max_shift),
-            self.max_log_scale * torch.tanh(c / self.max_log_scale),
+            self.max_shift * torch.tanh((self.shift_gain / self.max_shift) * a),
+            self.max_log_scale * torch.tanh((self.scale_gain / self.max_log_scale) * c),
         )
 
     def forward_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
