@@ -1,4 +1,4 @@
-"""Older states of the affine part: their triangle was that of L itself, not relative to its rows."""
+"""Older states of the affine part: their triangle was that of L itself."""
 
 import pytest
 import torch
