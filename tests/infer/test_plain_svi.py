@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -30,8 +31,14 @@ def schools() -> None:
         pyro.sample("y", dist.Normal(theta, SIGMA), obs=Y)
 
 
-def losses(guide: AutoFlow, rate: float, count: int) -> list[float]:
-    svi = SVI(schools, guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO())
+def funnel() -> None:
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("x_plate", 5):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+def losses(model: Callable[[], None], guide: AutoFlow, rate: float, count: int) -> list[float]:
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": rate}), Trace_ELBO())
     return [svi.step() for _ in range(count)]
 
 
@@ -72,13 +79,19 @@ def test_19_the_default_cannot_throw_draws_far() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "rate"), [(flows.realnvp, 0.003), (flows.glow, 0.003), ("auto", 0.01)]
+    ("model", "recipe", "rate"),
+    [
+        (schools, flows.realnvp, 0.003),
+        (schools, flows.glow, 0.003),
+        (schools, "auto", 0.01),
+        (funnel, "auto", 0.01),
+    ],
 )
-def test_19_single_particles(recipe, rate: float) -> None:
+def test_19_single_particles(model, recipe, rate: float) -> None:
     for seed in range(2):  # unbounded, most of these become NaN within 80 steps, or exceed 1e13
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        found = losses(AutoFlow(schools, recipe), rate, 80)
+        found = losses(model, AutoFlow(model, recipe), rate, 80)
         assert all(math.isfinite(loss) for loss in found)
         assert sum(found[-20:]) < sum(found[:20])
 

@@ -1,4 +1,4 @@
-"""Older states of the affine part: their triangle was that of L itself."""
+"""Older states of the affine part, whose triangle was that of L itself, give what they gave."""
 
 import pytest
 import torch
