@@ -1,8 +1,9 @@
 """The guide in Pyro's own SVI: ELBO after equal steps, and process seconds of a step.
 
-    python -m benchmarks.plain_svi [--steps 1000] [--seeds 3] [--rate 0.01] [--smoke]
+    python -m benchmarks.plain_svi [--steps 1000] [--seeds 3] [--rate 0.01] [--decay 0.01]
+        [--smoke]
 
-All guides get the same optimiser: ClippedAdam from ``rate`` down to a tenth of it.
+All guides get the same optimiser: ClippedAdam from ``rate`` down to ``decay`` times it.
 """
 
 from __future__ import annotations
@@ -89,11 +90,13 @@ def network() -> None:
 MODELS = [logistic, linear, covariance, gaussian_process, network]
 
 
-def trained(name: str, model: Callable[[], None], steps: int, rate: float, seed: int) -> SVI:
+def trained(
+    name: str, model: Callable[[], None], steps: int, rate: float, decay: float, seed: int
+) -> SVI:
     """An SVI of that guide after so many steps."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    optimiser = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.1 ** (1 / max(steps, 1))})
+    optimiser = pyro.optim.ClippedAdam({"lr": rate, "lrd": decay ** (1 / max(steps, 1))})
     svi = SVI(model, GUIDES[name](model), optimiser, Trace_ELBO())
     for _ in range(steps):
         svi.step()
@@ -105,7 +108,7 @@ def milliseconds(model: Callable[[], None], steps: int, rounds: int = 10) -> dic
     shortest = dict.fromkeys(GUIDES, float("inf"))
     for _ in range(rounds):
         for name in GUIDES:
-            svi = trained(name, model, 2, 1e-3, seed=0)
+            svi = trained(name, model, 2, 1e-3, 1.0, seed=0)
             began = time.process_time()
             for _ in range(steps):
                 svi.step()
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--decay", type=float, default=1e-2)
     parser.add_argument("--smoke", action="store_true", help="run on tiny sizes")
     options = parser.parse_args()
     if options.smoke:
@@ -132,7 +136,7 @@ def main() -> None:
         for name in GUIDES:
             elbos = []
             for seed in range(options.seeds):
-                svi = trained(name, model, options.steps, options.rate, seed)
+                svi = trained(name, model, options.steps, options.rate, options.decay, seed)
                 many = Trace_ELBO(num_particles=options.draws)
                 elbos.append(-many.loss(svi.model, svi.guide))
             found = " ".join(f"{elbo:9.2f}" for elbo in elbos)
