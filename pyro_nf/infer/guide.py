@@ -173,7 +173,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowFactory | str = "auto",
         *,
         init_loc_fn: InitLocFn = init_to_median,
-        init_scale: float = 0.5,
+        init_scale: float = 0.4,
         count_components: int = 1,
     ) -> None:
         check_model("AutoFlow", model)

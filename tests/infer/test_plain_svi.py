@@ -100,7 +100,7 @@ def test_21_starts_where_the_multivariate_normal_starts() -> None:
     point = {"mu": torch.tensor(1.0), "tau": torch.tensor(2.0), "theta": torch.arange(8.0)}
     start = init_to_value(values=point)
     ours = AutoFlow(schools, init_loc_fn=start).setup()
-    theirs = AutoMultivariateNormal(schools, init_loc_fn=start, init_scale=0.5)
+    theirs = AutoMultivariateNormal(schools, init_loc_fn=start, init_scale=0.4)
     theirs()
     z = theirs.get_posterior().sample((20,))
     expected = theirs.get_posterior().log_prob(z)
