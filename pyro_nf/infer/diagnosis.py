@@ -24,6 +24,8 @@ ELBO_GAP, SHIFT, SD_RATIO = 0.1, 0.1, 0.1
 MISSED_MASS = 0.02
 # Share of draws without a finite density that is too much, and that the weights should correct.
 FAILED, SOME_FAILED = 0.05, 0.005
+# A look that a piece with this share of the prior may have escaped has not seen enough.
+REACH_LIMIT = 0.05
 # Two estimates of the evidence agree within so many standard errors, or ELBO_GAP nats.
 AGREE = 4.0
 
@@ -51,7 +53,8 @@ class Diagnosis:
 
     Attributes:
         verdict: "good" (take the draws as they are); "one piece as far as was seen" (the same, but
-            the look for other pieces was cut short, or could not see); "use the weights" (resample
+            the look for other pieces was cut short, could not see, or had too few starts to see a
+            piece whose basin holds ``REACH_LIMIT`` of the prior); "use the weights" (resample
             or refine first); or "do not trust".
         reasons: Why.
         advice: What to do next.
@@ -176,6 +179,10 @@ def judge(
             * bool(found.unfinished)
         ),
         *([f"the search for other pieces cannot see: {found.blind}"] * bool(found.blind)),
+        *(
+            [f"the search for other pieces had few starts: {found.reach}"]
+            * (found.unseen_share > REACH_LIMIT)
+        ),
     ]
     excess = found.log_evidence - weights.log_evidence
     noise = math.hypot(found.log_evidence_se, weights.log_evidence_se)

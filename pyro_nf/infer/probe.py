@@ -73,6 +73,14 @@ class Probe:
         return not self.unfinished
 
     @property
+    def unseen_share(self) -> float:
+        """3 / N: what a piece's basin may hold of the prior and yet have escaped N draws of it.
+
+        (1 - 3/N)^N < 5 %. It is 0 where it is not known: the prior has no draws.
+        """
+        return 3 / self.count_prior if self.count_prior else 0.0
+
+    @property
     def reach(self) -> str:
         """How far was looked, in words."""
         if not self.count_starts:
@@ -81,7 +89,7 @@ class Probe:
             return f"{self.count_starts} climbs, none from the prior, which has no draws"
         return (
             f"{self.count_starts} climbs, {self.count_prior} from draws of the prior: a piece "
-            f"whose basin holds more than {3 / self.count_prior:.2g} of the prior would have been "
+            f"whose basin holds more than {self.unseen_share:.2g} of the prior would have been "
             "seen with 95 %"
         )
 
@@ -226,15 +234,24 @@ def _compared(
 
 
 def _wide(z: Tensor) -> list[StudentT]:
-    """Around draws (S, D), wider than they are by each of the factors."""
-    sd = z.std(0) if len(z) > 1 else torch.zeros_like(z[0])
+    """Around draws (S, D), wider than they are by each of the factors.
+
+    A draw that is not finite is left out, a coordinate that does not vary is as wide as 1, and
+    without a root of the covariance each coordinate is taken alone.
+    """
+    z = z[z.isfinite().all(-1)]
+    mean = z.mean(0) if len(z) else z.new_zeros(z.shape[-1])
+    sd = z.std(0) if len(z) > 1 else torch.zeros_like(mean)
     root = torch.where(sd > 0, sd, 1.0)
     if z.shape[-1] <= MAX_FULL_DIM:
-        covariance = torch.cov(z.mT).reshape(z.shape[-1], z.shape[-1])
-        ridge = torch.finfo(z.dtype).eps * covariance.diagonal().max() * len(covariance)
-        full, failed = torch.linalg.cholesky_ex(covariance + ridge * torch.eye(len(sd)).to(z))
-        root = full if not failed else root.diag_embed()
-    return [StudentT(z.mean(0), factor * root) for factor in WIDE]
+        root = root.diag_embed()
+        if len(z) > 1:
+            covariance = torch.cov(z.mT).reshape(root.shape)
+            covariance = covariance + (sd == 0).to(z).diag_embed()
+            ridge = torch.finfo(z.dtype).eps * covariance.diagonal() * len(covariance)
+            full, failed = torch.linalg.cholesky_ex(covariance + ridge.diag_embed())
+            root = root if failed else full
+    return [StudentT(mean, factor * root) for factor in WIDE]
 
 
 def guide_log_prob(q: TorchDistribution, z: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_resampled_draws_have_nothing_to_diagnose() -> None:
         posterior.resample().diagnose()
 
 
-SEEN = Probe(0.0, 0.0, 0.0, 1, log_evidence_se=0.01, count_starts=100, count_prior=50)
+SEEN = Probe(0.0, 0.0, 0.0, 1, log_evidence_se=0.01, count_starts=200, count_prior=100)
 UNSEEN = [
     replace(SEEN, unfinished="the log joint is too dear for more than 1 steps of a climb"),
     replace(SEEN, blind="the guide has a density only at its own draws", log_evidence=math.nan),
@@ -142,6 +142,16 @@ def test_5_even_weights_overrule_khat_only_if_the_probe_vouches_for_them() -> No
         diagnosis = judge(large, found, [], [])
         assert diagnosis.verdict == "do not trust"
         assert any("k-hat is 0.83" in reason for reason in diagnosis.reasons)
+
+
+def test_5_few_starts_are_not_good() -> None:
+    """A basin of a tenth of the prior may escape 30 draws of it; one of 5 % does not escape 60."""
+    few, enough = (replace(SEEN, count_starts=2 * n, count_prior=n) for n in (30, 60))
+    assert judge(nearly_even(0.2), enough, [], []).verdict == "good"
+    diagnosis = judge(nearly_even(0.2), few, [], [])
+    assert diagnosis.verdict == "one piece as far as was seen"
+    assert "more than 0.1 of the prior" in diagnosis.reasons[-1]
+    assert judge(nearly_even(0.83), few, [], []).verdict == "do not trust"
 
 
 def test_5_more_evidence_elsewhere_is_not_good() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.maxima import Effort
-from pyro_nf.infer.probe import probe
+from pyro_nf.infer.probe import WIDE, Probe, _wide, probe
 
 F64 = torch.float64
 
@@ -224,3 +224,34 @@ def test_5_a_guide_without_a_density_elsewhere_cannot_be_probed() -> None:
     assert "only at its own draws" in found.blind
     assert math.isnan(found.missed_mass)
     assert found.count_maxima == 2
+
+
+@pytest.mark.parametrize("dim", [1, 6])
+@pytest.mark.parametrize("count", [0, 1, 4, 50])
+@pytest.mark.parametrize("spoil", ["nothing", "constant", "twin", "nan", "inf"])
+def test_9_wide_laws_around_degenerate_draws_have_a_density(
+    dim: int, count: int, spoil: str
+) -> None:
+    """No draws, fewer than dimensions, a constant or repeated coordinate, one not finite."""
+    z = torch.randn(count, dim, dtype=F64, generator=torch.Generator().manual_seed(0))
+    if spoil == "constant":
+        z[:, 0] = 3.0
+    elif spoil == "twin":
+        z[:, -1] = z[:, 0]
+    elif spoil != "nothing" and count:
+        z[0, 0] = float(spoil)
+    finite = z[z.isfinite().all(-1)]
+    torch.manual_seed(0)
+    for t, factor in zip(_wide(z), WIDE, strict=True):
+        assert t.log_prob(t.sample(20)).isfinite().all()
+        if count == 50 and spoil in ("nothing", "nan", "inf"):
+            covariance = finite.mT.cov().reshape(dim, dim)
+            torch.testing.assert_close(t.scale @ t.scale.mT, factor**2 * covariance)
+
+
+def test_5_what_a_basin_may_hold_unseen() -> None:
+    """Of N draws of the prior, none falls into a basin of 3/N of it with less than 5 %."""
+    for count in (10, 60, 1000):
+        share = Probe(0.0, 0.0, 0.0, 1, count_starts=count, count_prior=count).unseen_share
+        assert 0.02 < (1 - share) ** count < 0.05
+    assert Probe(0.0, 0.0, 0.0, 1, count_starts=9).unseen_share == 0.0
