@@ -48,7 +48,7 @@ from pyro_nf.infer.sites import (
     refuse_subsampled_latents,
 )
 from pyro_nf.infer.start import Start
-from pyro_nf.infer.supports import bijection, is_flat
+from pyro_nf.infer.supports import bijection, is_flat, is_pushed
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.ops.devices import device_of
 from pyro_nf.train.randomness import own_randomness
@@ -582,8 +582,25 @@ class AutoFlow(AutoContinuous):
         return self._ready().base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The map from the base to the unconstrained latents; needs no arguments."""
-        return self._ready().transform
+        """The map from the base to the unconstrained latents; needs no arguments.
+
+        Who asks for it (``NeuTraReparam``) maps the unconstrained latents by what their priors
+        report as their support, for all entries of a site.
+
+        Raises:
+            ValueError: The support or the entries of a site are others than those.
+        """
+        self._ready()
+        for name, site in self._sites():
+            pushed = is_pushed(site["fn"])
+            if pushed or self._places[name].keep is not None:
+                problem = "reports a support that is not its own" if pushed else "is partly masked"
+                raise ValueError(
+                    "AutoFlow.get_transform: wanted latents that Pyro maps from R^n as this guide "
+                    f"does, but the prior of {name!r} {problem} (support {site['fn'].support}). "
+                    "Use posterior.refine('neutra') in place of NeuTraReparam."
+                )
+        return self.flow.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the unconstrained latents."""

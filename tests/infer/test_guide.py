@@ -371,6 +371,36 @@ def test_neutra_and_nuts() -> None:
         assert abs(draws[name].mean().item() - row.mean) < 0.5 * row.sd
 
 
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("around", ["nothing", "event", "plate"])
+def test_4_neutra_reparam_refuses_a_support_that_pyro_maps_otherwise(
+    validate: bool, around: str
+) -> None:
+    def model() -> None:
+        base = dist.Exponential(torch.ones(2) if around != "nothing" else torch.tensor(1.0))
+        prior = dist.TransformedDistribution(base, dist.transforms.AffineTransform(1.0, 1.0))
+        if around == "plate":
+            with pyro.plate("two", 2):
+                pyro.sample("x", prior)
+        else:
+            pyro.sample("x", prior.to_event(1) if around == "event" else prior)
+
+    guide = AutoFlow(model, small).setup()
+    with pyro.validation_enabled(validate), pytest.raises(ValueError, match=r"'x'.*refine"):
+        poutine.trace(NeuTraReparam(guide).reparam(model)).get_trace()
+
+
+def test_9_neutra_reparam_refuses_a_partly_masked_prior() -> None:
+    def model() -> None:
+        with pyro.plate("three", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    guide = AutoFlow(model, small).setup()
+    assert guide.latent_dim == 2
+    with pytest.raises(ValueError, match="'x' is partly masked"):
+        poutine.trace(NeuTraReparam(guide).reparam(model)).get_trace()
+
+
 def test_enumerated_discrete_sites() -> None:
     y = torch.tensor([-2.1, -1.9, -2.0, 2.0, 2.2, 1.8, 2.1, 1.9])
 
