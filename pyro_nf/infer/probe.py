@@ -164,7 +164,7 @@ def _log_ps(joint: LogJoint, z: Tensor, budget: Budget) -> Tensor:
     if budget.max_seconds is None:
         return joint.log_prob(z)
     values: list[Tensor] = []
-    for piece in z.split(_CHUNK):
+    for piece in z.split(1 if joint.kind == "loop" else _CHUNK):
         if values and budget.is_spent():
             break
         values.append(joint.log_prob(piece))

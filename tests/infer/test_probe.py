@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.maxima import Effort
-from pyro_nf.infer.probe import WIDE, Probe, _wide, probe
+from pyro_nf.infer.probe import WIDE, Probe, _log_ps, _wide, probe
+from pyro_nf.train.budget import Budget
 
 F64 = torch.float64
 
@@ -255,3 +256,23 @@ def test_5_what_a_basin_may_hold_unseen() -> None:
         share = Probe(0.0, 0.0, 0.0, 1, count_starts=count, count_prior=count).unseen_share
         assert 0.02 < (1 - share) ** count < 0.05
     assert Probe(0.0, 0.0, 0.0, 1, count_starts=9).unseen_share == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:the model does not run on a batch:UserWarning")
+def test_8_seconds_are_asked_between_the_runs_of_a_loop_model() -> None:
+    """A second a run: what is compared after ten seconds are a few points, not pieces of 256."""
+    runs = itertools.count()
+    seen = [0]
+
+    def model() -> None:
+        seen[0] = next(runs)
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        pyro.factor("f", torch.tensor(float(z), dtype=F64) * 0)
+
+    joint = LogJoint(model)
+    assert joint.kind == "loop"
+    z = torch.randn(600, 1, dtype=F64)
+    before = seen[0]
+    budget = Budget(max_seconds=10.0, clock=lambda: float(seen[0]))
+    assert 1 <= len(_log_ps(joint, z, budget)) <= 11
+    assert seen[0] - before <= 11
