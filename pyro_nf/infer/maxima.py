@@ -427,6 +427,8 @@ def find_maxima(
             maxima to the last bit.
     """
     budget = budget or Budget()
+    if budget.is_spent():  # a climb's first look at all points may be dear
+        return Maxima((), points[:0], "the seconds ended it after 0 steps of the climbs")
     ends, steps = _climb(joint, points, effort.max_steps, budget)
     maxima, bare = _distinct(joint, ends, least_mass, budget)
     unfinished = ""
