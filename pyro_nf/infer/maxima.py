@@ -201,7 +201,7 @@ class Maxima:
 # ---- where to start
 
 
-def prior_draws(joint: LogJoint, count: int) -> Tensor:
+def prior_draws(joint: LogJoint, count: int, budget: Budget | None = None) -> Tensor:
     """Coordinates of draws of the prior, by one run of the model if it runs on a batch.
 
     Else they come one by one, as many as the cost of a run allows. Flat priors have no draws: there
@@ -210,6 +210,7 @@ def prior_draws(joint: LogJoint, count: int) -> Tensor:
     Args:
         joint: The log joint density.
         count: How many draws are wanted.
+        budget: A bound of seconds, asked between single draws, if there is one.
 
     Returns:
         Finite draws ``(N, D)``; fewer than asked for, or none, where the model cannot give them.
@@ -223,6 +224,8 @@ def prior_draws(joint: LogJoint, count: int) -> Tensor:
         affordable = max(FEWEST_STARTS // 4, int(_PRIOR_COST / sum(nominal_cost(joint))))
         singles = []
         for seed in torch.randint(2**31, (min(count, affordable),)).tolist():
+            if budget is not None and budget.is_spent():
+                break
             # With some draws of the prior the model cannot run.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
                 singles.append(joint.prior_draw(seed))

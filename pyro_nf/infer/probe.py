@@ -136,7 +136,7 @@ def probe(
     effort = effort or Effort.for_joint(joint)
     z, least = z.detach(), log_evidence - _NEGLIGIBLE
     with own_randomness(seed), torch.no_grad():
-        prior = prior_draws(joint, effort.count_starts // 2)
+        prior = prior_draws(joint, effort.count_starts // 2, budget)
         reference = prior_reference(joint, prior)
         wide = [*_wide(z), reference]
         points = starts(joint, prior, reference, z, effort.count_starts)
