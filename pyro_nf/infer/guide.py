@@ -51,6 +51,7 @@ from pyro_nf.infer.start import Start
 from pyro_nf.infer.supports import bijection, is_flat
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.ops.devices import device_of
+from pyro_nf.train.modes import exclusive, recording
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import (
     FixedAffine,
@@ -226,7 +227,8 @@ class AutoFlow(AutoContinuous):
     def _build(self, *args: Any, **kwargs: Any) -> None:
         """What ``setup`` does, without a look at the param store."""
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with recording("AutoFlow"), exclusive():
+                self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         check_arguments("AutoFlow", self._plain_model[0], args, kwargs)
