@@ -49,6 +49,7 @@ from pyro_nf.train.start import (
 from pyro_nf.train.table import (
     Table,
     check_columns_vary,
+    check_inside,
     check_nothing_far,
     read_table,
     units_of,
@@ -664,6 +665,8 @@ def _read(
             f"fit_density: x has {len(whole)} row(s), wanted at least 2 (x.shape = "
             f"{tuple(x.shape)}). Give more rows."
         )
+    codomain = flow.transform.codomain
+    check_inside("x", whole.y, codomain)
     check_columns_vary("x", whole.y)
     if whole.context is not None:
         check_columns_vary("context", whole.context)
@@ -672,6 +675,7 @@ def _read(
         table, held_out = whole, read_table("validation", flow, *pair)
         if len(held_out) == 0:
             raise ValueError("fit_density: validation has no rows; give some, or a share of x.")
+        check_inside("validation", held_out.y, codomain)
     else:
         table, held_out = _split(whole, validation, seed)
     of_rows = _units(table.y, whole.y)
@@ -685,7 +689,7 @@ def _read(
         if of_contexts is not None and held_out.context is not None:
             check_nothing_far("the contexts of validation", held_out.context, of_contexts)
     warn_of_repeated_values(whole.y)
-    is_onto_reals = flow.transform.codomain is constraints.real_vector
+    is_onto_reals = codomain is constraints.real_vector
     return table, held_out, (of_rows if is_onto_reals else None, of_contexts)
 
 
