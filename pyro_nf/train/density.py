@@ -230,8 +230,10 @@ def fit_density(
     if not isinstance(validation, (Tensor, tuple)):
         wanted = "a share between 0 and 1, or rows, or rows and their contexts"
         check_number("fit_density", "validation", validation, wanted, above=0, below=1)
-    elif isinstance(validation, tuple):
-        check_count("fit_density", "the length of validation", len(validation), at_least=2)
+    elif isinstance(validation, tuple) and len(validation) != 2:
+        raise ValueError(
+            f"fit_density: validation is a tuple of {len(validation)}, wanted (rows, contexts)."
+        )
     check_budget("fit_density", max_steps, max_seconds)
     check_count("fit_density", "batch_size", batch_size, optional=True)
     check_positive("fit_density", "learning_rate", learning_rate)
