@@ -53,6 +53,7 @@ from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import load_fit
 from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, Stage, train
+from pyro_nf.train.modes import ordinary, recording
 from pyro_nf.train.randomness import own_randomness
 
 # What a fit may take if nothing is said.
@@ -245,47 +246,49 @@ def fit_svi(
     asked_seed, seed = seed, seed_or_fresh("fit_svi", seed)
     if max_steps is None and max_seconds is None:
         max_steps = _MAX_STEPS
+    args, given = ordinary(args), dict[str, Any](ordinary(dict(kwargs or {})))
     budget = Budget(max_steps, max_seconds, clock)
-    with own_randomness(seed):
-        joint = _log_joint(model, args, dict(kwargs or {}), budget, seed)
-    beginning = _Beginning(joint, guide, budget, num_particles, seed, compile)
-    try:
+    with recording("fit_svi"):
         with own_randomness(seed):
-            beginning.find(checkpoint)
-            guide, stages = beginning.guide_there(), beginning.stages(objective)
-            validate = None if objective else beginning.validation()
-    except KeyboardInterrupt:
-        with own_randomness(seed):
-            beginning.guide_there()
-        beginning.take_saved()
-        return beginning.fit(History(stopped="interrupted"))
-    if progress:
-        tqdm.write(f"fit_svi: {beginning.choice}", file=sys.stderr)
-    history = train(
-        guide._ready(),
-        stages,
-        max_steps=max_steps,
-        max_seconds=max_seconds,
-        validate=validate,
-        patience=patience,
-        average=AVERAGE,
-        seed=asked_seed,
-        progress=progress,
-        metric="-ELBO",
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        explain=lambda _: _explain(guide, joint),
-        settings={
-            "sites": {name: list(s.shape) for name, s in joint.sites.items()},
-            "count_components": guide.count_components,
-            "num_particles": beginning.num_particles,
-            "objective": digest(objective or ELBO()),
-        }
-        | ({} if checkpoint is None else _marks(joint)),
-        seconds_before=max(budget.seconds, 0.0),
-        clock=clock,
-    )
-    return beginning.fit(history)
+            joint = _log_joint(model, args, given, budget, seed)
+        beginning = _Beginning(joint, guide, budget, num_particles, seed, compile)
+        try:
+            with own_randomness(seed):
+                beginning.find(checkpoint)
+                guide, stages = beginning.guide_there(), beginning.stages(objective)
+                validate = None if objective else beginning.validation()
+        except KeyboardInterrupt:
+            with own_randomness(seed):
+                beginning.guide_there()
+            beginning.take_saved()
+            return beginning.fit(History(stopped="interrupted"))
+        if progress:
+            tqdm.write(f"fit_svi: {beginning.choice}", file=sys.stderr)
+        history = train(
+            guide._ready(),
+            stages,
+            max_steps=max_steps,
+            max_seconds=max_seconds,
+            validate=validate,
+            patience=patience,
+            average=AVERAGE,
+            seed=asked_seed,
+            progress=progress,
+            metric="-ELBO",
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            explain=lambda _: _explain(guide, joint),
+            settings={
+                "sites": {name: list(s.shape) for name, s in joint.sites.items()},
+                "count_components": guide.count_components,
+                "num_particles": beginning.num_particles,
+                "objective": digest(objective or ELBO()),
+            }
+            | ({} if checkpoint is None else _marks(joint)),
+            seconds_before=max(budget.seconds, 0.0),
+            clock=clock,
+        )
+        return beginning.fit(history)
 
 
 def _marks(joint: LogJoint) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from pyro_nf.infer.start import Start
 from pyro_nf.infer.supports import bijection, is_flat, is_pushed
 from pyro_nf.infer.tempering import whitened
 from pyro_nf.ops.devices import device_of
+from pyro_nf.train.modes import exclusive, recording
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import (
     FixedAffine,
@@ -226,7 +227,8 @@ class AutoFlow(AutoContinuous):
     def _build(self, *args: Any, **kwargs: Any) -> None:
         """What ``setup`` does, without a look at the param store."""
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with recording("AutoFlow"), exclusive():
+                self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         check_arguments("AutoFlow", self._plain_model[0], args, kwargs)
@@ -650,7 +652,7 @@ class AutoFlow(AutoContinuous):
             values: A value for each latent site, with any common batch shape in front.
 
         Returns:
-            The log density, of that batch shape.
+            The log density, of that batch shape; -inf where a value is outside of its support.
 
         Raises:
             ValueError: If a site is missing or unknown.
@@ -664,16 +666,23 @@ class AutoFlow(AutoContinuous):
         if set(values) != set(sites):
             raise ValueError(f"AutoFlow: wanted values of {sorted(sites)}, got {sorted(values)}.")
         pieces, ladj = [], self.coordinates.loc.new_zeros(())
+        is_outside = torch.zeros_like(ladj, dtype=torch.bool)
         for name, site in sites.items():
-            place, value = self._places[name], values[name]
+            place = self._places[name]
+            value, outside = place.pulled_inside(site["fn"], values[name])
             lead = value.shape[: value.dim() - site["value"].dim()]
+            # anything inside does for what has no density
+            of_event = (*outside.shape, *(1,) * place.event_dim)
+            value = value.where(~outside.reshape(of_event), site["value"])
+            is_outside = is_outside | outside.reshape(*lead, -1).any(-1)
             u = place.transform.inv(value)
             pieces.append(place.flat(u, lead))
             each = place.ladj(place.transform, u, value)
             ladj = ladj + each.reshape(*lead, -1).sum(-1)
         batch_shape = torch.broadcast_shapes(*(p.shape[:-1] for p in pieces))
         z = torch.cat([p.expand(*batch_shape, -1) for p in pieces], -1)
-        return cast(Tensor, flow().log_prob(z)) - ladj
+        log_prob = cast(Tensor, flow().log_prob(z)) - ladj
+        return torch.where(is_outside, -torch.inf, log_prob)
 
     # Pyro's param store knows parameters only: the coordinates, buffers, go there by name.
 

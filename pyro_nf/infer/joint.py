@@ -6,6 +6,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from pyro_nf.infer.sites import (
 )
 from pyro_nf.infer.substitute import SafeLinalg, Substitute, fast_pyro
 from pyro_nf.train.budget import Budget
+from pyro_nf.train.modes import exclusive, ordinary, recording
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -157,7 +159,14 @@ class LogJoint:
         self._budget = Budget() if budget is None else budget
         self._recorded: torch.fx.GraphModule | None = None
         self._graphs: dict[tuple[int, torch.dtype], Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with ExitStack() as inside:
+            for context in (
+                recording("LogJoint"),
+                exclusive(),
+                torch.random.fork_rng(devices=[]),
+                warnings.catch_warnings(),
+            ):
+                inside.enter_context(context)
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
             trace = prototype or self._first_run(init_loc_fn)
@@ -473,13 +482,13 @@ class LogJoint:
         Uses a trace for batches of this size, if `trace` made one.
         """
         self._expect(z)
-        z = z.detach()
+        z = ordinary(z).detach()
         graph = self._graphs.get((len(z), z.dtype))
         if graph is not None:
             log_prob, grad = graph(z)
         else:
             z = z.requires_grad_()
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 log_prob = self._evaluate(z)
                 if not log_prob.requires_grad:  # nothing depends on any latent
                     return log_prob, torch.zeros_like(z)
@@ -493,9 +502,9 @@ class LogJoint:
     def hessian(self, z: Tensor) -> Tensor:
         """d^2 log p / dz^2 (..., D, D) at z (..., D): D double backwards in one batch."""
         self._expect(z)
-        rows = z.detach().unsqueeze(-2).expand(*z.shape, self.latent_dim)
-        rows = rows.reshape(-1, self.latent_dim).clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = ordinary(z).detach().unsqueeze(-2).expand(*z.shape, self.latent_dim)
+            rows = rows.reshape(-1, self.latent_dim).clone().requires_grad_()
             (grad,) = torch.autograd.grad(self._evaluate(rows).sum(), rows, create_graph=True)
             grad = grad.reshape(*z.shape, self.latent_dim)
             (hessian,) = torch.autograd.grad(grad.diagonal(dim1=-2, dim2=-1).sum(), rows)

@@ -45,6 +45,7 @@ from pyro_nf.infer.summary import Summary, summarize
 from pyro_nf.infer.supports import is_pushed
 from pyro_nf.infer.weights import Weights, khat_in_words, smooth
 from pyro_nf.train.loop import History
+from pyro_nf.train.modes import recording
 from pyro_nf.train.randomness import own_randomness
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Posterior:
                 f"{type(guide).__name__}."
             )
         kwargs = dict(kwargs or {})
-        with own_randomness(seed), torch.no_grad():
+        with torch.inference_mode(False), own_randomness(seed), torch.no_grad():
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
             if not isinstance(guide, AutoFlow):
@@ -180,7 +181,7 @@ class Posterior:
                 f"Posterior: none of {num_draws} draws of the guide has a finite density under the "
                 "model; fit the guide to this model and these arguments first, or draw more."
             )
-        with own_randomness(seed):
+        with torch.inference_mode(False), own_randomness(seed), torch.no_grad():
             samples = complete(joint, joint.unpack(z))
         return cls(samples, z, log_p, log_q, joint, history, q)
 
@@ -409,7 +410,7 @@ class Posterior:
             )
         check_count("Posterior.refine", "num_chains", num_chains)
         starts = self.resample(num_chains, seed=seed)
-        with own_randomness(seed):
+        with recording("Posterior.refine"), own_randomness(seed):
             with torch.no_grad():
                 x = q.transform.inverse_and_ladj(starts.z)[0]
             run = ways[method](

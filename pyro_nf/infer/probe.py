@@ -24,6 +24,7 @@ from pyro_nf.infer.maxima import (
 )
 from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import Budget
+from pyro_nf.train.modes import recording
 from pyro_nf.train.randomness import own_randomness
 
 # Mass counts as missed where the guide has less than this share of the density it should have.
@@ -135,7 +136,7 @@ def probe(
     budget = Budget(max_seconds=max_seconds, clock=clock)
     effort = effort or Effort.for_joint(joint)
     z, least = z.detach(), log_evidence - _NEGLIGIBLE
-    with own_randomness(seed), torch.no_grad():
+    with recording("probe"), own_randomness(seed), torch.no_grad():
         prior = prior_draws(joint, effort.count_starts // 2, budget)
         reference = prior_reference(joint, prior)
         wide = [*_wide(z), reference]

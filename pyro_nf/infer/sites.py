@@ -14,7 +14,14 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_nf.infer.supports import Supported, bijection, event_ladj, is_flat, is_pushed
+from pyro_nf.infer.supports import (
+    Supported,
+    bijection,
+    event_ladj,
+    is_flat,
+    is_pushed,
+    pulled_inside,
+)
 from pyro_nf.ops.devices import device_of
 
 Model = Callable[..., Any]
@@ -171,6 +178,15 @@ class LatentSite:
         """log|d value / d u| of each batch entry; 0 where there are no coordinates."""
         ladj = event_ladj(transform, u, value, self.event_dim)
         return ladj if self.keep is None else torch.where(self.keep, ladj, 0.0)
+
+    def pulled_inside(self, fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (*lead, *shape) off the ends of the support, and which batch entries have none.
+
+        Entries without coordinates are never outside.
+        """
+        value, outside = pulled_inside(fn, value)
+        outside = outside.reshape(*value.shape[: value.dim() - self.event_dim], -1).any(-1)
+        return value, outside if self.keep is None else outside & self.keep
 
     @property
     def labels(self) -> list[str]:

@@ -78,6 +78,62 @@ def is_flat(fn: Any) -> bool:
     return isinstance(fn, pyro.distributions.ImproperUniform)
 
 
+def pulled_inside(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Values moved off the ends of a support, where a bijection has no inverse.
+
+    A draw of a guide may be rounded to an end, so an end counts as inside.
+
+    Args:
+        fn: The distribution of a latent site.
+        value: Shape ``(*lead, *fn.shape())``.
+
+    Returns:
+        The nearest inner points, of the shape of ``value``, and which values are outside, of that
+        shape or without the event. NaN stays NaN and is not outside.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> pulled_inside(dist.Uniform(0.0, 2.0), torch.tensor([-1.0, 0.5, 2.0]))[1].tolist()
+        [True, False, False]
+    """
+    support = _support(fn)
+    if support is None:
+        return _pulled_back_inside(fn, value)
+    kind, ends = torch.finfo(value.dtype), _ends(support)
+    if ends is not None:
+        low, high = (_tensor(end, value.dtype).to(value) for end in ends)
+        first = torch.maximum(low.nextafter(high), low + kind.tiny)
+        last = torch.minimum(high.nextafter(low), high - kind.tiny)
+        return value.clamp(first, last), (value < low) | (value > high) | value.isinf()
+    if _scalar(support) is constraints.simplex:
+        # by a tolerance that grows with the number of summands, as the rounding of their sum does
+        rounding = 10 * kind.eps * value.shape[-1]
+        outside = (value < 0).any(-1) | ((value.sum(-1) - 1).abs() > rounding)
+        return value.clamp_min(kind.tiny), outside
+    return value, ~support.check(value) & ~_has_nan(value, support.event_dim)
+
+
+def _pulled_back_inside(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the support is the image of another one under maps."""
+    if isinstance(fn, ExpandedDistribution | MaskedDistribution | torch.distributions.Independent):
+        return pulled_inside(fn.base_dist, value)
+    x = value
+    for transform in reversed(fn.transforms):
+        x = transform.inv(x)
+    x, outside = pulled_inside(fn.base_dist, x)
+    batch = value.shape[: value.dim() - fn.event_dim]
+    for transform in fn.transforms:
+        x = transform(x)
+    has_inverse = _bijection(fn).inv(x).isfinite().reshape(*batch, -1).all(-1)
+    outside = outside.reshape(*batch, -1).any(-1) | ~has_inverse
+    return x, outside & ~_has_nan(value, fn.event_dim)
+
+
+def _has_nan(value: Tensor, event_dim: int) -> Tensor:
+    """Whether an event has a NaN."""
+    return value.isnan().flatten(value.dim() - event_dim).any(-1) if event_dim else value.isnan()
+
+
 def is_identity(transform: Transform) -> bool:
     """Whether a transform leaves everything as it is, as that of a real site does."""
     transform = _elementwise(transform)

@@ -6,12 +6,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_nf._checks import (
     check_budget,
@@ -33,6 +34,7 @@ from pyro_nf.train.budget import Budget
 from pyro_nf.train.checkpoint import load_fit
 from pyro_nf.train.digest import digest
 from pyro_nf.train.loop import History, Minibatches, Stage, adam, train
+from pyro_nf.train.modes import ordinary, recording
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.train.start import (
     FARTHEST_NORMAL_ROW,
@@ -47,6 +49,7 @@ from pyro_nf.train.start import (
 from pyro_nf.train.table import (
     Table,
     check_columns_vary,
+    check_inside,
     check_nothing_far,
     read_table,
     units_of,
@@ -227,8 +230,10 @@ def fit_density(
     if not isinstance(validation, (Tensor, tuple)):
         wanted = "a share between 0 and 1, or rows, or rows and their contexts"
         check_number("fit_density", "validation", validation, wanted, above=0, below=1)
-    elif isinstance(validation, tuple):
-        check_count("fit_density", "the length of validation", len(validation), at_least=2)
+    elif isinstance(validation, tuple) and len(validation) != 2:
+        raise ValueError(
+            f"fit_density: validation is a tuple of {len(validation)}, wanted (rows, contexts)."
+        )
     check_budget("fit_density", max_steps, max_seconds)
     check_count("fit_density", "batch_size", batch_size, optional=True)
     check_positive("fit_density", "learning_rate", learning_rate)
@@ -241,30 +246,35 @@ def fit_density(
     check_patience("fit_density", patience)
     check_count("fit_density", "check_every", check_every)
     check_running("fit_density", seed, progress, checkpoint, checkpoint_every, clock)
-    result = DensityFit(flow, History(), math.nan)
+    result, was_training = DensityFit(flow, History(), math.nan), flow.training
+    flow.eval()  # dropout is for the steps, and the loop turns it on
     if max_steps is None and max_seconds is None:
         max_steps = DEFAULT_STEPS
     try:
         budget = Budget(max_steps, max_seconds, clock)
-        table, held_out, units = _read(flow, x, context, validation, seed)
-        n, d = table.y.shape
-        decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
-        options = _Options(
-            batch_size=min(max(n // 10, 64), 256) if batch_size is None else batch_size,
-            learning_rate=learning_rate,
-            weight_decay=decay,
-            raise_decay=weight_decay is None,
-            patience=patience,
-            check_every=check_every,
-            seed=seed,
-            progress=progress,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            compile=compile,
-        )
-        _Work(result, table, held_out, units, budget, options).run(starts, baselines)
+        x, context, validation = ordinary((x, context, validation))
+        with recording("fit_density"):
+            table, held_out, units = _read(flow, x, context, validation, seed)
+            n, d = table.y.shape
+            decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
+            options = _Options(
+                batch_size=min(max(n // 10, 64), 256) if batch_size is None else batch_size,
+                learning_rate=learning_rate,
+                weight_decay=decay,
+                raise_decay=weight_decay is None,
+                patience=patience,
+                check_every=check_every,
+                seed=seed,
+                progress=progress,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                compile=compile,
+            )
+            _Work(result, table, held_out, units, budget, options).run(starts, baselines)
     except KeyboardInterrupt:
         result.history.stopped = "interrupted"
+    finally:
+        flow.train(was_training)
     return result
 
 
@@ -427,7 +437,8 @@ class _Work:
                 if (self.flow.units is not None)
                 else rows
             )
-        with own_randomness(self.options.seed):
+        own = type(start) not in _OUR_STARTS  # which may draw from the global generators
+        with own_randomness(self.options.seed) if own else nullcontext():
             start(self.flow, rows.y, rows.context)
 
     def _most_rows(self) -> int:
@@ -463,7 +474,10 @@ class _Work:
         self.given.put_back(flow)
         held_out = self._seen(self.checked, self.units)
         mixture = MixtureBase(
-            (held_out.y, held_out.context), budget.part(MIXTURE_SHARE), self._mixture_work()
+            (held_out.y, held_out.context),
+            budget.part(MIXTURE_SHARE),
+            self._mixture_work(),
+            self.options.seed,
         )
         if may_start and _has_plain_base(flow):
             loss = self._try(mixture, margin=MIXTURE_MARGIN, hopeless_is_left_out=True, gain=0.0)
@@ -554,6 +568,7 @@ class _Work:
             ),
             batches=Minibatches((seen.y, seen.context), options.batch_size, options.seed or 0),
             validate=lambda: _mean_loss(flow, self.checked),
+            draws=_draws(flow),
             max_steps=steps,
             max_seconds=seconds,
             check_every=options.check_every,
@@ -582,6 +597,18 @@ def _has_plain_base(flow: Flow) -> bool:
     if type(base) is not DiagonalNormal:
         return False
     return bool((base.loc == 0).all() and (base.scale == 1).all())
+
+
+_OUR_STARTS = (AsGiven, MixtureBase, Standardised, StudentTails, Whitened)
+
+
+def _draws(flow: Flow) -> bool:
+    """Whether a flow may draw random numbers in training, as dropout does."""
+    return any(
+        type(module).__module__.split(".")[0] not in ("pyro_nf", "torch")
+        or isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+        for module in flow.modules()
+    )
 
 
 def _log_scales(units: FixedAffine | None) -> float:
@@ -640,6 +667,8 @@ def _read(
             f"fit_density: x has {len(whole)} row(s), wanted at least 2 (x.shape = "
             f"{tuple(x.shape)}). Give more rows."
         )
+    codomain = flow.transform.codomain
+    check_inside("x", whole.y, codomain)
     check_columns_vary("x", whole.y)
     if whole.context is not None:
         check_columns_vary("context", whole.context)
@@ -648,6 +677,7 @@ def _read(
         table, held_out = whole, read_table("validation", flow, *pair)
         if len(held_out) == 0:
             raise ValueError("fit_density: validation has no rows; give some, or a share of x.")
+        check_inside("validation", held_out.y, codomain)
     else:
         table, held_out = _split(whole, validation, seed)
     of_rows = _units(table.y, whole.y)
@@ -661,7 +691,7 @@ def _read(
         if of_contexts is not None and held_out.context is not None:
             check_nothing_far("the contexts of validation", held_out.context, of_contexts)
     warn_of_repeated_values(whole.y)
-    is_onto_reals = flow.transform.codomain is constraints.real_vector
+    is_onto_reals = codomain is constraints.real_vector
     return table, held_out, (of_rows if is_onto_reals else None, of_contexts)
 
 

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ from pyro_nf._storage import InvalidFile, check_writable, plain, refuse_corrupt
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import TrainingState, load_state, save_state
 from pyro_nf.train.digest import architecture, digest
+from pyro_nf.train.modes import recording
 from pyro_nf.train.randomness import own_randomness, random_state, set_random_state
 
 MOST_BAD_STEPS = 10
@@ -262,6 +263,7 @@ def train(
     average: float | None = None,
     raise_decay: bool = False,
     seed: int | None = 0,
+    draws: bool = True,
     progress: bool = True,
     metric: str = "loss",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -315,6 +317,8 @@ def train(
         average: The decay of the moving average of the parameters, for example 0.99; None for none.
         raise_decay: Whether weight decay rises when the fit overfits, as ``validate`` tells.
         seed: Seed of the fit; None for a fresh one. The global generators are left as they were.
+        draws: Whether losses, batches or ``validate`` draw from the global generators. If not,
+            those are not touched, so that such fits can run beside each other in threads.
         progress: Whether to show a progress bar.
         metric: Name of the metric in the bar and in messages.
         checkpoint: A file for the state of the fit. If it exists the fit goes on from there, and
@@ -362,6 +366,7 @@ def train(
     wanted = "a decay from 0 to below 1, or None"
     check_number("train", "average", average, wanted, at_least=0, below=1, optional=True)
     check_flag("train", "raise_decay", raise_decay)
+    check_flag("train", "draws", draws)
     check_running("train", seed, progress, checkpoint, checkpoint_every, clock)
     check_number("train", "seconds_before", seconds_before, "a number >= 0", at_least=0)
     check_kind("train", "metric", metric, str)
@@ -385,13 +390,13 @@ def train(
                 else batches
             )
     was_training = module.training
-    run = _Run(module, stages, validate, metric, average, noted, explain)
+    run = _Run(module, stages, validate, metric, average, noted, explain, seed, draws)
     history = run.history
     history.seconds_before = seconds_before
     bar = tqdm(total=max_steps, disable=not progress, unit="step")
     try:
         run.budget = Budget(max_steps, max_seconds, clock, began=clock() - seconds_before)
-        with own_randomness(seed):
+        with recording("train"), run.randomness():
             if checkpoint is not None and os.path.exists(checkpoint):
                 run.read(checkpoint)
             elif validate is not None:
@@ -418,10 +423,10 @@ def train(
             run.check()
     except OutOfTime:
         history.stopped = history.stopped or "max_seconds"
-        run.last_check(seed)
+        run.last_check()
     except KeyboardInterrupt:
         history.stopped = "interrupted"
-        run.last_check(seed)
+        run.last_check()
     finally:
         _load(module, run.best)
         module.train(was_training)
@@ -441,7 +446,10 @@ class _Run:
         average: float | None,
         settings: dict[str, Any],
         explain: Callable[[Any], str] | None,
+        seed: int | None,
+        draws: bool,
     ) -> None:
+        self.seed, self.draws = seed, draws
         self.module, self.stages, self.validate = module, stages, validate
         self.budget = Budget()
         self.step_seconds = self.check_seconds = 0.0
@@ -470,6 +478,10 @@ class _Run:
             return "max_steps"
         left = self.budget.seconds_left if self.budget.has_seconds else math.inf
         return "" if left > self.step_seconds + self.check_seconds else "max_seconds"
+
+    def randomness(self) -> AbstractContextManager[None]:
+        """Random numbers of its own, if there is anything that draws."""
+        return own_randomness(self.seed) if self.draws else nullcontext()
 
     def one_step(self, batch: Any, max_grad_norm: float | None) -> None:
         history = self.history
@@ -603,10 +615,10 @@ class _Run:
             self._check()
         self.check_seconds = self.budget.seconds - began
 
-    def last_check(self, seed: int | None) -> None:
+    def last_check(self) -> None:
         """Keep what was learned since the last check if it is better."""
         if self.history.steps > 0:
-            with own_randomness(seed), suppress(OutOfTime):
+            with recording("train"), self.randomness(), suppress(OutOfTime):
                 self.check()
 
     def _check(self) -> None:
@@ -673,7 +685,8 @@ class _Run:
         self.rate_factor, self.bad_steps = values["rate_factor"], values["bad_steps"]
         for stage, memory in zip(self.stages, values["memories"], strict=True):
             stage.memory.update(memory)
-        set_random_state(state.generators, values["generators"])
+        if self.draws:
+            set_random_state(state.generators, values["generators"])
 
 
 class _Average:

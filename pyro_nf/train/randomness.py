@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.train.modes import exclusive
+
 
 @contextmanager
 def own_randomness(seed: int | None) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python inside; put them back on leaving.
 
     Models and data loaders draw from the global generators, so a fit has to seed those. What the
-    user draws afterwards is the same as without the fit.
+    user draws afterwards is the same as without the fit. There is one set of generators in a
+    process, so one thread at a time is inside (:func:`~pyro_nf.train.modes.exclusive`).
 
     Args:
         seed: The seed, or None for a fresh one.
@@ -30,17 +33,18 @@ def own_randomness(seed: int | None) -> Iterator[None]:
         True
     """
     seed = random.SystemRandom().getrandbits(31) if seed is None else int(seed)
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    torch_states = _device_states()
-    try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        yield
-    finally:
-        _set_device_states(torch_states)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+    with exclusive():
+        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+        torch_states = _device_states()
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+        finally:
+            _set_device_states(torch_states)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _device_states() -> dict[str, Tensor]:

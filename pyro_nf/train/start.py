@@ -15,6 +15,7 @@ from pyro_nf._checks import (
     check_listed,
     check_rows,
     check_work,
+    seed_or_fresh,
 )
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.student import StudentT
@@ -148,6 +149,7 @@ class MixtureBase(Start):
             of the rows.
         budget: Seconds that EM may take.
         most_work: Products that EM may take in all.
+        seed: Seed of EM; the global generators are left alone. None for a fresh one.
 
     Example:
         >>> import torch
@@ -166,6 +168,7 @@ class MixtureBase(Start):
         held_out: tuple[Tensor, Tensor | None] | None = None,
         budget: Budget | None = None,
         most_work: float = math.inf,
+        seed: int | None = 0,
     ) -> None:
         if held_out is not None:
             check_listed("MixtureBase", "held_out", held_out, "rows and their contexts")
@@ -174,6 +177,7 @@ class MixtureBase(Start):
         check_kind("MixtureBase", "budget", budget, Budget, optional=True)
         check_work("MixtureBase", "most_work", most_work)
         self.held_out, self.budget, self.most_work = held_out, budget, most_work
+        self.seed = seed_or_fresh("MixtureBase", seed)
 
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Whiten, then fit the mixture to what the base side sees."""
@@ -188,7 +192,13 @@ class MixtureBase(Start):
             y, context = y[:last], None if context is None else context[:last]
         with torch.no_grad():
             x, v = (flow.transform.inverse_and_ladj(*rows)[0] for rows in ((y, context), held_out))
-        flow.base = fit_gaussian_mixture(x, v, budget=self.budget, most_work=self.most_work)
+        flow.base = fit_gaussian_mixture(
+            x,
+            v,
+            budget=self.budget,
+            most_work=self.most_work,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
 
 def has_heavy_tails(y: Tensor) -> bool:

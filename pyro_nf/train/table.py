@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_nf._checks import check_context, check_event
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.devices import in_double
+from pyro_nf.ops.spaces import at_ends, describe
 from pyro_nf.transforms.affine import FixedAffine
 
 MOST_ROUNDING = 0.05
@@ -202,6 +204,25 @@ def check_columns_vary(name: str, values: Tensor) -> None:
         raise ValueError(
             f"fit_density: {_columns(constant, name)} constant, and "
             f"{of_rows if name == 'x' else of_contexts}"
+        )
+
+
+def check_inside(name: str, values: Tensor, space: Constraint) -> None:
+    """Raises if an entry is at an end of the space that a flow maps onto, or beyond it.
+
+    Args:
+        name: What the rows are called in the message.
+        values: Shape ``(N, D)``.
+        space: Codomain of the flow.
+    """
+    outside = at_ends(values, space)
+    if bool(outside.any()):
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"fit_density: row {row} of {name} is {values[row, column].item():.9g} in column "
+            f"{column}, but the flow maps onto {describe(space)}, whose ends have no density "
+            f"({int(outside.any(-1).sum())} such row(s) in all). Drop or correct the row, move it "
+            "inside by less than the rounding of the data, or end the flow with another map."
         )
 
 

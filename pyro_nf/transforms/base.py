@@ -165,6 +165,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
             >>> y.tolist(), score.tolist()
             ([2.0, 2.0], [-0.5, -0.5])
         """
+        if torch.is_inference_mode_enabled():  # where nothing can be differentiated
+            with torch.inference_mode(False), torch.no_grad():
+                context = None if context is None else context.clone()
+                return self.push_score(x.clone(), score.clone(), context)
         recorded = torch.is_grad_enabled()
         x = self._expand("x", x, context, self.domain)
         x = x if recorded else x.detach()

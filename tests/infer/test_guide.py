@@ -326,6 +326,74 @@ def test_log_prob_is_that_of_the_trace() -> None:
         guide.log_prob({"slope": values["slope"]})
 
 
+def _affine(loc: float, scale: float) -> dist.transforms.AffineTransform:
+    return dist.transforms.AffineTransform(loc, scale)
+
+
+@pytest.mark.parametrize(
+    ("fn", "inside", "end", "outside"),
+    [
+        (dist.LogNormal(0.0, 1.0), 1.0, 0.0, -1.0),
+        (dist.Beta(2.0, 2.0), 0.5, 1.0, 1.5),
+        (dist.Uniform(-2.0, 3.0), 0.5, 3.0, -2.5),
+        (dist.Pareto(1.0, 2.0), 2.0, 1.0, 0.5),
+        (dist.TransformedDistribution(dist.Exponential(1.0), [_affine(0.0, -1.0)]), -1.0, 0.0, 0.5),
+        (dist.TransformedDistribution(dist.Exponential(1.0), [_affine(1.0, 1.0)]), 2.0, 1.0, 0.5),
+        (dist.Exponential(torch.ones(2)).to_event(1), [1.0, 2.0], [0.0, 1.0], [1.0, -1.0]),
+        (
+            dist.Uniform(torch.zeros(2), torch.tensor([1.0, 9.0])).to_event(1),
+            [0.5] * 2,
+            [1.0] * 2,
+            [2.0, 2.0],
+        ),
+        (dist.Dirichlet(torch.ones(3)), [0.2, 0.3, 0.5], [0.0, 0.5, 0.5], [0.5, 0.7, -0.2]),
+        (dist.Dirichlet(torch.ones(3)), [0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.5, 0.5, 0.5]),
+        (
+            dist.TransformedDistribution(
+                dist.Normal(torch.zeros(3), 1.0).to_event(1), [dist.transforms.OrderedTransform()]
+            ),
+            [1.0, 2.0, 3.0],
+            None,
+            [3.0, 2.0, 1.0],
+        ),
+        (
+            dist.TransformedDistribution(dist.Dirichlet(torch.ones(2)), [_affine(1.0, 2.0)]),
+            [2.0, 2.0],
+            None,
+            [9.0, 9.0],
+        ),
+        (dist.LKJCholesky(2, 1.0), [[1.0, 0.0], [0.6, 0.8]], None, [[2.0, 0.0], [0.0, 1.0]]),
+        (dist.Normal(0.0, 1.0), 0.0, None, math.inf),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_10_log_prob_is_minus_infinity_outside_a_support(
+    fn, inside, end, outside, dtype: torch.dtype
+) -> None:
+    points = [torch.tensor(p, dtype=dtype) for p in (inside, end, outside) if p is not None]
+
+    def model() -> None:
+        pyro.sample("x", fn)
+        with pyro.plate("two", 2):
+            pyro.sample("u", dist.Beta(2.0, 2.0))
+
+    guide = AutoFlow(model, small, init_scale=1.0).setup()
+    if dtype == F64:
+        guide.double()
+    u = torch.full((2,), 0.5, dtype=dtype)
+    each = torch.stack([guide.log_prob({"x": x, "u": u}) for x in points])
+    assert each[:-1].isfinite().all()
+    assert each[-1] == -math.inf
+    batch = {"x": torch.stack(points), "u": u.expand(len(points), 2).clone()}
+    torch.testing.assert_close(guide.log_prob(batch), each, rtol=1e-5, atol=1e-4)
+    batch["u"][0, 1] = 1.5
+    assert guide.log_prob(batch)[0] == -math.inf
+    (gradient,) = torch.autograd.grad(
+        guide.log_prob(batch)[1:-1].sum(), next(guide.flow.parameters())
+    )
+    assert gradient.isfinite().all()
+
+
 def test_log_prob_integrates_to_one() -> None:
     def model() -> None:
         pyro.sample("x", dist.Beta(2.0, 3.0).expand([]))

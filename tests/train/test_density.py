@@ -247,6 +247,9 @@ def test_bad_context_and_validation():
     for validation in (0.0, 1.0, -0.5):
         with pytest.raises(ValueError, match="a share between 0 and 1"):
             fit(small(2), x, validation=validation)
+    for pair in ((x,), (x, None, x)):
+        with pytest.raises(ValueError, match=r"a tuple of [13], wanted \(rows, contexts\)"):
+            fit(small(2), x, validation=pair)
     with pytest.raises(ValueError, match="column 1 of validation is not finite"):
         fit(small(2), x, validation=x * torch.tensor([1.0, math.nan]))
     with pytest.raises(ValueError, match="validation has no rows"):

@@ -16,8 +16,8 @@ from pyro_nf.flows.recipes import gaussian, realnvp
 from pyro_nf.train.density import fit_density
 from pyro_nf.train.start import AsGiven, Whitened
 from pyro_nf.train.table import units_of, warn_of_repeated_values
-from pyro_nf.transforms.base import Chain
-from pyro_nf.transforms.elementwise import Sigmoid
+from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.elementwise import Exp, Sigmoid, Tanh
 from pyro_nf.transforms.linear import LULinear
 
 
@@ -221,3 +221,21 @@ def test_20_continuous_columns_are_not_named():
         warnings.simplefilter("error")
         for table in (x, x + 1000, draws(2000, 2), 1e4 + draws(1000, 2), draws(2, 2)):
             warn_of_repeated_values(table)
+
+
+@pytest.mark.parametrize(
+    ("end", "bad"),
+    [(Sigmoid(), 0.0), (Sigmoid(), 1.0), (Sigmoid(), -0.2), (Tanh(), 1.0), (Exp(), 0.0)],
+    ids=["0", "1", "below", "tanh", "exp"],
+)
+def test_10_a_row_at_an_end_of_the_codomain_is_named(end: FlowTransform, bad: float) -> None:
+    flow = Flow(Chain([LULinear(2), end]))
+    x = draws(60, 2).sigmoid()
+    marred = x.clone()
+    marred[7, 1] = bad
+    with pytest.raises(ValueError, match=r"row 7 of x is .* in column 1.*1 such row"):
+        fit(flow, marred)
+    for validation in (marred, (marred, None)):
+        with pytest.raises(ValueError, match=r"row 7 of validation is .* in column 1"):
+            fit(flow, x, validation=validation)
+    assert math.isfinite(fit(flow, x, max_steps=2).validation)
