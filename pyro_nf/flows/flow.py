@@ -28,7 +28,7 @@ from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.student import StudentT
 from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.affine import FixedAffine, with_unit_triangles
-from pyro_nf.transforms.base import Chain, FlowTransform, indented
+from pyro_nf.transforms.base import FlowTransform, indented
 
 P = ParamSpec("P")
 
@@ -158,7 +158,7 @@ class Flow(nn.Module):
             units = self.context_units
             c = context if units is None else units.inverse_and_ladj(context)[0]
             transform = transform.condition(c)
-        return transform if self.units is None else Chain([transform, self.units])
+        return transform if self.units is None else _InUnits(transform, self.units)
 
     def base_of_kind(self, name: str, sizes: Mapping[str, int]) -> Base:
         """A base of another kind with the dtype and device of this flow, or the one it has.
@@ -343,6 +343,37 @@ def _with_bound(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if bound is None or "max_log_scale" in arguments:
         return dict(arguments)
     return {**arguments, "max_log_scale": _BOUND_OF_A_LAYER * arguments["count_layers"]}
+
+
+class _InUnits(FlowTransform):
+    """A transform onto all of R^D, and then the units of the data.
+
+    A chain of the two would do the same, but a flow makes this at every call, and a chain compares
+    its parts when it is made.
+    """
+
+    def __init__(self, transform: FlowTransform, units: FixedAffine) -> None:
+        super().__init__(transform.input_dim, transform.context_dim)
+        self.transform, self.units = transform, units
+        self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
+        self.domain = transform.domain
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.transform._forward_and_ladj(x, context)
+        y, more = self.units._forward_and_ladj(y, None)
+        return y, ladj + more
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.units._inverse_and_ladj(y, None)
+        x, more = self.transform._inverse_and_ladj(y, context)
+        return x, ladj + more
+
+    def _push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj, score = self.transform._push_score(x, score, context)
+        y, more, score = self.units._push_score(y, score, None)
+        return y, ladj + more, score
 
 
 def _unit_scale(loc: Tensor) -> FixedAffine:
