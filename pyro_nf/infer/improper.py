@@ -52,6 +52,38 @@ def masked_priors(trace: poutine.Trace) -> dict[str, Tensor]:
     return found
 
 
+def stand_ins(trace: poutine.Trace) -> dict[str, Tensor]:
+    """For observed sites with NaN at masked entries only: a value, for one entry, that may stand.
+
+    What is masked counts for nothing, but the gradient of a density at NaN is NaN, and NaN times 0
+    is NaN.
+
+    Args:
+        trace: one run of the model.
+
+    Returns:
+        The value of an entry that counts, of the shape of an event.
+    """
+    found = {}
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, node in nodes.items():
+        value = node.get("value")
+        if node["type"] != "sample" or not node["is_observed"] or not isinstance(value, Tensor):
+            continue
+        missing = value.isnan()
+        if not bool(missing.any()):
+            continue
+        shape = value.shape[: value.dim() - node["fn"].event_dim]
+        counts = _counts(node["fn"], shape)
+        if node["mask"] is not None:
+            counts = counts & torch.as_tensor(node["mask"]).cpu()
+        counts = counts.expand(shape).to(value.device)
+        incomplete = missing.reshape(*shape, -1).any(-1)
+        if not bool((incomplete & counts).any()) and bool(counts.any()):
+            found[name] = value[counts][0]
+    return found
+
+
 def _counts(fn: Any, shape: torch.Size) -> Tensor:
     """Where a distribution has a density: its own mask, of the shape of its batch."""
     if isinstance(fn, torch.distributions.Independent):

@@ -31,7 +31,7 @@ from pyro_nf._checks import (
 )
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.enumeration import Enumeration
-from pyro_nf.infer.improper import kept_entries, refuse_flat_directions, suspects
+from pyro_nf.infer.improper import kept_entries, refuse_flat_directions, stand_ins, suspects
 from pyro_nf.infer.prior_check import check_priors
 from pyro_nf.infer.recording import copy_out, fold_constants, process_seconds, simplify
 from pyro_nf.infer.sites import (
@@ -211,6 +211,7 @@ class LogJoint:
         self.sites: dict[str, LatentSite] = latent_sites(trace, keeps, self.enumerated_sites)
         left_out = latents.keys() - self.sites.keys() - set(self.enumerated_sites)
         self._fixed = {name: latents[name]["value"].detach() for name in left_out}
+        self._stand_ins = stand_ins(trace)
         self.latent_dim = sum(site.size for site in self.sites.values())
         if not self.latent_dim:
             raise ValueError("the model has no continuous latent site: nothing is to be inferred.")
@@ -382,7 +383,13 @@ class LogJoint:
         """One run of the model for z (D,) or for a batch (S, D)."""
         moving = bool(self.dynamic_sites) if dynamic is None else dynamic
         run = Substitute(
-            self.sites, z, self.max_batch_ndim, moving, self._centring, fixed=self._fixed
+            self.sites,
+            z,
+            self.max_batch_ndim,
+            moving,
+            self._centring,
+            fixed=self._fixed,
+            stand_ins=self._stand_ins,
         )
         try:
             with poutine.block():

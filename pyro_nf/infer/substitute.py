@@ -73,6 +73,7 @@ class Substitute(Messenger):
         centring: what places the coordinates of some sites by their priors.
         uncentre: whether z is plain, and the centred coordinates are looked for.
         fixed: values of latents that have no coordinates, since nothing depends on them.
+        stand_ins: what stands for NaN at the masked entries of observed sites.
 
     Attributes:
         values: of the latents, as the model sees them.
@@ -91,6 +92,7 @@ class Substitute(Messenger):
         centring: Mapping[str, SiteCentring] | None = None,
         uncentre: bool = False,
         fixed: Mapping[str, Tensor] | None = None,
+        stand_ins: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.sites = sites
@@ -99,7 +101,7 @@ class Substitute(Messenger):
         self.dynamic = dynamic
         self.centring = centring or {}
         self.uncentre = uncentre
-        self.fixed = fixed or {}
+        self.fixed, self.stand_ins = fixed or {}, stand_ins or {}
         self.values: dict[str, Tensor] = {}
         self.coordinates: dict[str, Tensor] = {}
         self.ladjs: list[Tensor] = []
@@ -154,7 +156,10 @@ class Substitute(Messenger):
         if not self.is_scored or isinstance(fn, _Subsample):
             return
         self.last_site = msg["name"]
-        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        value = msg["value"]
+        if msg["name"] in self.stand_ins:
+            value = torch.where(value.isnan(), self.stand_ins[msg["name"]], value)
+        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
         log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
         # A mask of False gives the number 0.
         self._add(log_prob if isinstance(log_prob, Tensor) else self.z.new_zeros(()))

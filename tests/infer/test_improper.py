@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 
 import pyro
@@ -163,3 +165,32 @@ def test_9_what_has_a_posterior_is_not_refused() -> None:
 
     for model, dim in ((bounded, 2), (far, 1), (ridge, 2)):
         assert LogJoint(model).latent_dim == dim
+
+
+@pytest.mark.parametrize("events", [False, True])
+def test_9_nan_at_masked_entries_leaves_value_and_gradient_right(events: bool) -> None:
+    """The exact posterior of a normal mean, from the rows that are seen."""
+    rows = torch.tensor([[1.0, 2.0], [0.5, 1.0], [math.nan, 3.0], [math.nan, math.nan]])
+    seen = torch.tensor([True, True, False, False])
+    y = rows if events else rows[:, 0]
+
+    def model(y: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2 if events else 1), 2.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            if events:
+                law = dist.MultivariateNormal(mu, torch.eye(2))
+            else:
+                law = dist.Normal(mu[..., 0, None], 1.0)
+            pyro.sample("y", law.mask(seen), obs=y)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the model does not run on a batch")
+        joint = LogJoint(model, (y,))
+    z = torch.tensor([[0.3, -0.2], [1.0, 2.0]])[:, : joint.latent_dim]
+    value, grad = joint.value_and_grad(z)
+    held = rows[:2, : joint.latent_dim]
+    wanted = -z / 4 + (held - z.unsqueeze(1)).sum(1)
+    torch.testing.assert_close(grad, wanted)
+    normal = torch.distributions.Normal(z.unsqueeze(1), 1.0).log_prob(held).sum((1, 2))
+    prior = torch.distributions.Normal(0.0, 2.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(value, normal + prior)
