@@ -323,8 +323,18 @@ def _univariate() -> dict[str, Door]:
         ),
         "univariate.SmoothAffine": Door(
             u.SmoothAffine,
-            lambda: {"max_shift": 10.0, "max_log_scale": 3.0, "gain": 1.0},
-            {"max_shift": POSITIVE, "max_log_scale": POSITIVE, "gain": POSITIVE},
+            lambda: {
+                "max_shift": 10.0,
+                "max_log_scale": 3.0,
+                "shift_gain": 1.0,
+                "scale_gain": 1.0,
+            },
+            {
+                "max_shift": POSITIVE,
+                "max_log_scale": POSITIVE,
+                "shift_gain": POSITIVE,
+                "scale_gain": POSITIVE,
+            },
         ),
         "univariate.RationalQuadratic": Door(
             u.RationalQuadratic,
@@ -734,6 +744,7 @@ def _training() -> dict[str, Door]:
                 "max_grad_norm": 10.0,
                 "average": None,
                 "raise_decay": False,
+                "draws": True,
                 "seed": 0,
                 "progress": False,
                 "metric": "loss",
@@ -753,6 +764,7 @@ def _training() -> dict[str, Door]:
                 "max_grad_norm": OPTIONAL | POSITIVE,
                 "average": OPTIONAL | takes("zero", one=lambda: 1.0),
                 "raise_decay": FLAG,
+                "draws": FLAG,
                 "metric": TEXT,
                 "settings": OPTIONAL | takes("no dictionary", "dictionary"),
                 "explain": OPTIONAL | takes("module"),
@@ -827,11 +839,12 @@ def _training() -> dict[str, Door]:
         "StudentTails": Door(t.StudentTails, lambda: {"start": t.Whitened()}, {"start": OBJECT}),
         "MixtureBase": Door(
             t.MixtureBase,
-            lambda: {"held_out": None, "budget": None, "most_work": 1e6},
+            lambda: {"held_out": None, "budget": None, "most_work": 1e6, "seed": 0},
             {
                 "held_out": OPTIONAL,
                 "budget": OPTIONAL,
                 "most_work": POSITIVE | takes("inf"),
+                "seed": SEED | OPTIONAL,
             },
         ),
         "StudentTails.__call__": start(lambda: t.StudentTails(t.AsGiven())),
@@ -1115,7 +1128,7 @@ def _inference() -> dict[str, Door]:
             },
             {
                 "batch_size": COUNT,
-                "max_seconds": POSITIVE | may("zero", "negative"),
+                "max_seconds": OPTIONAL | POSITIVE | may("zero", "negative"),
                 "clock": OBJECT,
                 "compile": FLAG,
                 "if_faster": FLAG,

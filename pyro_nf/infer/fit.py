@@ -430,12 +430,12 @@ class _Beginning:
         alone bound it, no clock decides.
         """
         count, bounded = self.num_particles, self.budget.has_seconds
-        seconds = self.budget.part(_TRACE_SHARE).max_seconds if bounded else math.inf
-        too_dear = _TRACE_COST * meter.price("gradient", count) > cast(float, seconds)
+        seconds = self.budget.part(_TRACE_SHARE).max_seconds
+        too_dear = seconds is not None and _TRACE_COST * meter.price("gradient", count) > seconds
         is_long = bool(self.joint.enumerated_sites) and not bounded
         if (bounded and not too_dear) or compile or is_long:
             joint, clock = meter.joint, self.budget.clock
-            joint.trace(count, cast(float, seconds), clock, compile, if_faster=bounded)
+            joint.trace(count, seconds, clock, compile, if_faster=bounded)
             meter.forget(count)
 
     # ---- what is found
