@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf._checks import check_count, check_event, numbers_of, size_of
+from pyro_nf.ops.gradients import leaf
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -51,10 +52,10 @@ class Base(nn.Module, ABC):
             x: Shape ``(..., D)``.
         """
         check_event(type(self).__name__, "x", x, self.input_dim, 1)
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            log_prob = self().log_prob(leaf)
-            (score,) = torch.autograd.grad(log_prob.sum(), leaf)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = leaf(x)
+            log_prob = self().log_prob(x)
+            (score,) = torch.autograd.grad(log_prob.sum(), x)
         return log_prob.detach(), score
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections import Counter
@@ -200,6 +201,12 @@ class Flow(nn.Module):
                 check_same_dtype("load_state_dict", prefix + name, given, mine)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Flow:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        with torch.inference_mode(False):  # what was made in that mode could not learn
+            copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of ``x``; short for ``flow(context).log_prob(x)``.
 
@@ -305,7 +312,8 @@ class Flow(nn.Module):
             wanted = flow._expected(tensors, header["base"])
             check_same_tensors("Flow.load", wanted, tensors, repr(str(path)))
 
-        tensors, _ = load_tensors(path, "flow", accept)
+        with torch.inference_mode(False):  # what was made in that mode could not learn
+            tensors, _ = load_tensors(path, "flow", accept)
         loaded = cast(Flow, flow)
         loaded.load_state_dict(tensors)
         return loaded

@@ -490,7 +490,8 @@ class AutoFlow(AutoContinuous):
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         copied = memo[id(self)] = type(self).__new__(type(self))
         shared = {name: self.__dict__[name] for name in _SHARED}
-        copied.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **shared})
+        with torch.inference_mode(False):  # what was made in that mode could not learn
+            copied.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **shared})
         return copied
 
     def _ready(self) -> Flow:

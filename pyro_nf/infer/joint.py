@@ -494,7 +494,7 @@ class LogJoint:
             log_prob, grad = graph(z)
         else:
             z = z.requires_grad_()
-            with torch.inference_mode(False), torch.enable_grad():
+            with recording("LogJoint"):
                 log_prob = self._evaluate(z)
                 if not log_prob.requires_grad:  # nothing depends on any latent
                     return log_prob, torch.zeros_like(z)
@@ -508,7 +508,7 @@ class LogJoint:
     def hessian(self, z: Tensor) -> Tensor:
         """d^2 log p / dz^2 (..., D, D) at z (..., D): D double backwards in one batch."""
         self._expect(z)
-        with torch.inference_mode(False), torch.enable_grad():
+        with recording("LogJoint"):
             rows = ordinary(z).detach().unsqueeze(-2).expand(*z.shape, self.latent_dim)
             rows = rows.reshape(-1, self.latent_dim).clone().requires_grad_()
             (grad,) = torch.autograd.grad(self._evaluate(rows).sum(), rows, create_graph=True)

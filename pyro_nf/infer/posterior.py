@@ -45,7 +45,7 @@ from pyro_nf.infer.summary import Summary, summarize
 from pyro_nf.infer.supports import is_pushed
 from pyro_nf.infer.weights import Weights, khat_in_words, smooth
 from pyro_nf.train.loop import History
-from pyro_nf.train.modes import recording
+from pyro_nf.train.modes import evaluating, recording
 from pyro_nf.train.randomness import own_randomness
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Posterior:
                 f"{type(guide).__name__}."
             )
         kwargs = dict(kwargs or {})
-        with torch.inference_mode(False), own_randomness(seed), torch.no_grad():
+        with evaluating(), own_randomness(seed):
             if guide.prototype_trace is None:
                 guide(*args, **kwargs)
             if not isinstance(guide, AutoFlow):
@@ -181,7 +181,7 @@ class Posterior:
                 f"Posterior: none of {num_draws} draws of the guide has a finite density under the "
                 "model; fit the guide to this model and these arguments first, or draw more."
             )
-        with torch.inference_mode(False), own_randomness(seed), torch.no_grad():
+        with evaluating(), own_randomness(seed):
             samples = complete(joint, joint.unpack(z))
         return cls(samples, z, log_p, log_q, joint, history, q)
 
@@ -505,7 +505,7 @@ class Posterior:
             model = SetFree()(model)
         count = len(self) if num_draws is None else min(num_draws, len(self))
         chosen = {name: draws[:count] for name, draws in self.samples.items()}
-        with own_randomness(seed):
+        with evaluating(), own_randomness(seed):
             drawn = predict(self.joint, chosen, model, args, kwargs)
         if not sites:
             return drawn
@@ -519,7 +519,8 @@ class Posterior:
 
     def log_likelihood(self) -> dict[str, Tensor]:
         """The log likelihood of every observation for every draw, ``(S, *batch_shape)`` a site."""
-        return pointwise_log_likelihood(self.joint, self.samples)
+        with evaluating():
+            return pointwise_log_likelihood(self.joint, self.samples)
 
     def to_arviz(
         self,
@@ -545,6 +546,8 @@ class Posterior:
         check_kind("Posterior.to_arviz", "coords", coords, Mapping, optional=True)
         check_kind("Posterior.to_arviz", "dims", dims, Mapping, optional=True)
         check_flag("Posterior.to_arviz", "log_likelihood", log_likelihood)
+        with evaluating():
+            observed = observed_values(self.joint, self.samples)
         # A density that is another one at each look is no property of a draw.
         stats = {} if self.joint.is_random else {"lp": self.log_p}
         attributes: dict[str, float | str]
@@ -562,7 +565,7 @@ class Posterior:
         return inference_data(
             self.samples,
             stats,
-            observed=observed_values(self.joint, self.samples),
+            observed=observed,
             log_likelihood=self.log_likelihood() if log_likelihood else None,
             attributes=attributes,
             coords=coords,

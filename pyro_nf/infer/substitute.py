@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_nf.infer.centring import SiteCentring, location_and_scale
 from pyro_nf.infer.sites import LatentSite, Message
 from pyro_nf.infer.supports import bijection, is_identity
-from pyro_nf.train.modes import exclusive
+from pyro_nf.train.modes import exclusive, full_precision
 
 
 class TraceTimeout(Exception):
@@ -195,6 +195,6 @@ class Substitute(Messenger):
 
 @contextmanager
 def fast_pyro() -> Iterator[None]:
-    """No validation of arguments inside, as before outside; one thread at a time."""
-    with exclusive(), pyro.validation_enabled(False):
+    """No validation of arguments inside, as before outside; one thread at a time, no autocast."""
+    with exclusive(), pyro.validation_enabled(False), full_precision():
         yield

@@ -69,6 +69,21 @@ def apart(x: Tensor) -> Tensor:
     return x.view_as(x) if x.requires_grad else x
 
 
+def leaf(x: Tensor) -> Tensor:
+    """A tensor of the same values that a slope can be taken with respect to.
+
+    One that was made in inference mode is copied, since torch never differentiates by those. Call
+    it outside of that mode.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     x = torch.ones(1)
+        >>> leaf(x).requires_grad
+        True
+    """
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
 def derivative(activation: nn.Module, s: Tensor) -> Tensor:
     r"""Returns :math:`\sigma'(s)` of an activation that acts on each number alone, without a graph.
 
@@ -80,6 +95,6 @@ def derivative(activation: nn.Module, s: Tensor) -> Tensor:
         return torch.ops.aten.silu_backward(torch.ones_like(s), s.detach())
     if type(activation) is nn.ReLU:
         return (s.detach() > 0).to(s)
-    with torch.enable_grad():
-        s = s.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        s = leaf(s)
         return gradients(activation(s.clone()), s)[0]

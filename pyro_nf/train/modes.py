@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LOCK = threading.RLock()
+# By process: a forked one has none of its parent's threads, so nobody there would let go.
+_LOCKS: dict[int, threading.RLock] = {}
 # After so many seconds of waiting it is said who is waited for.
 _PATIENCE = 5.0
 _holder = "another thread"
+_AUTOCAST = ("cpu", "cuda")
 
 
 @contextmanager
@@ -30,27 +33,59 @@ def exclusive() -> Iterator[None]:
         in
     """
     global _holder
-    if not _LOCK.acquire(timeout=_PATIENCE):
+    lock = _LOCKS.setdefault(os.getpid(), threading.RLock())
+    if not lock.acquire(timeout=_PATIENCE):
         logging.getLogger("pyro_nf").warning(
             "pyro_nf: thread %r waits for %r, which works with a Pyro model; models run one at a "
             "time in a process. Use processes to run them beside each other.",
             threading.current_thread().name,
             _holder,
         )
-        _LOCK.acquire()
+        lock.acquire()
     try:
         _holder = threading.current_thread().name
         yield
     finally:
-        _LOCK.release()
+        lock.release()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast is off inside: a log density is a difference of large numbers, which needs digits.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
+        ...     print((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        torch.float32
+    """
+    with ExitStack() as inside:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                inside.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Models are run inside, for their values: alone, and whatever the user has set around it.
+
+    What is made inside are ordinary tensors, which can take part in a fit later.
+
+    Example:
+        >>> with torch.inference_mode(), evaluating():
+        ...     print(torch.ones(1).is_inference())
+        False
+    """
+    with exclusive(), torch.inference_mode(False), torch.no_grad(), full_precision():
+        yield
 
 
 @contextmanager
 def recording(owner: str) -> Iterator[None]:
     """Gradients can be taken inside, whatever the user has set around the call.
 
-    ``torch.no_grad`` and ``torch.inference_mode`` are left, and anomaly detection is off: particles
-    and steps whose gradient is not finite are expected, and attended to.
+    ``torch.no_grad``, ``torch.inference_mode`` and autocast are left, and anomaly detection is off:
+    particles and steps whose gradient is not finite are expected, and attended to.
 
     Args:
         owner: Who asks, for the message.
@@ -66,7 +101,7 @@ def recording(owner: str) -> Iterator[None]:
     anomaly = torch.is_anomaly_enabled()
     quiet = torch.autograd.set_detect_anomaly(False) if anomaly else nullcontext()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), quiet:
+        with torch.inference_mode(False), torch.enable_grad(), full_precision(), quiet:
             yield
     except RuntimeError as error:
         if "nference tensor" not in str(error):

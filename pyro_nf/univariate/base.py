@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.ops.gradients import gradients
+from pyro_nf.ops.gradients import gradients, leaf
 
 # What to pass where a map is wanted.
 HINT = "pass one of pyro_nf.univariate, such as Affine()"
@@ -68,8 +68,8 @@ class UnivariateMap(ABC):
 
     def slopes(self, x: Tensor, params: Tensor) -> Slopes:
         """Derivatives of ``forward_and_ladj``, without a graph: by autograd, unless overridden."""
-        with torch.enable_grad():
-            x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x, params = leaf(x), leaf(params)
             y, ladj = self.forward_and_ladj(x, params)
             (y_params,), (ladj_x, ladj_params) = gradients(y, params), gradients(ladj, x, params)
         x_y = (-ladj.detach()).exp()

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import multiprocessing
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -16,11 +18,15 @@ from torch import nn
 
 from pyro_nf import AutoFlow, Posterior, fit_density, fit_svi, flows
 from pyro_nf.flows.flow import Flow
+from pyro_nf.flows.student import StudentT
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO
+from pyro_nf.ops.gradients import derivative
 from pyro_nf.train.loop import Stage, adam, train
+from pyro_nf.train.modes import exclusive
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.univariate.affine import Affine
+from pyro_nf.univariate.spline import RationalQuadratic
 
 Y = torch.tensor([1.0, 2.5, 0.5])
 
@@ -59,7 +65,8 @@ def density(shift: float = 0.0, flow: Flow = FLOW) -> torch.Tensor:
     with torch.inference_mode(False):  # or else it could not be trained
         flow = copy.deepcopy(flow)  # to make one draws from the global generators
     fit_density(flow, table(shift), max_steps=30, check_every=10, progress=False)
-    return flow.eval()().log_prob(table(shift)[:20]).detach().clone()
+    with torch.autocast("cpu", enabled=False):  # outside of a fit the user decides
+        return flow.eval()().log_prob(table(shift)[:20]).detach().clone()
 
 
 def svi(y: torch.Tensor = Y) -> torch.Tensor:
@@ -137,6 +144,65 @@ def test_16_a_flow_with_dropout_draws_but_is_the_same_in_a_thread() -> None:
     assert global_state() == before
 
 
+@contextlib.contextmanager
+def busy():
+    """Another thread has its turn."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive():
+            inside.set()
+            leave.wait(timeout=60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(timeout=60)
+    try:
+        yield
+    finally:
+        leave.set()
+        holder.join(timeout=60)
+
+
+@pytest.mark.parametrize("call", ["log_likelihood", "predictive", "to_arviz"])
+def test_16_whatever_runs_a_model_waits_for_its_turn(call) -> None:
+    posterior = fitted().posterior(20)
+    if call == "to_arviz":
+        pytest.importorskip("arviz")
+    runs = threading.Event()
+
+    def watched(y: torch.Tensor = Y) -> None:
+        runs.set()
+        model(y)
+
+    posterior = replace(posterior, joint=copy.copy(posterior.joint))
+    posterior.joint.model = watched
+    job = getattr(posterior, call)
+    thread = threading.Thread(target=job)
+    with busy():
+        thread.start()
+        assert not runs.wait(timeout=0.2)
+    thread.join(timeout=60)
+    assert runs.is_set()
+
+
+def test_16_a_forked_process_has_its_own_turn() -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system does not fork")
+    with busy():
+        child = multiprocessing.get_context("fork").Process(target=_enter)
+        child.start()
+        child.join(timeout=20)
+        child.kill()
+        child.join(timeout=20)
+    assert child.exitcode == 0
+
+
+def _enter() -> None:
+    with exclusive():
+        pass
+
+
 def test_16_an_error_in_one_thread_changes_nothing_for_the_others() -> None:
     def broken() -> torch.Tensor:
         def bad() -> None:
@@ -157,6 +223,7 @@ MODES = {
     "inference_mode": torch.inference_mode,
     "grad off": lambda: torch.set_grad_enabled(False),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True, check_nan=True),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 
 
@@ -169,6 +236,24 @@ def straight_line() -> torch.Tensor:
     stage = Stage(lambda _: (line(x) - 3 * x).square().mean(), adam(line.parameters(), 0.1))
     train(line, stage, max_steps=20, progress=False)
     return line.weight.detach().clone()
+
+
+def regression() -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    rows = torch.linspace(-1, 1, 20).reshape(10, 2)
+    pyro.sample("y", dist.Normal(rows @ w, 0.01).to_event(1), obs=torch.ones(10))
+
+
+def root() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("root", torch.where(x > 0, x.sqrt(), torch.zeros(())))  # the slope below 0 is NaN
+
+
+def spline_arguments() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.linspace(-2, 2, 6), torch.randn(
+        6, RationalQuadratic(4).num_params, generator=generator
+    )
 
 
 def scores() -> torch.Tensor:
@@ -205,12 +290,21 @@ DOORS: dict[str, Callable[[], torch.Tensor]] = {
     "hessian": lambda: LogJoint(model).hessian(torch.ones(3, 2)),
     "setup": lambda: AutoFlow(model, small).setup().latent_dim * torch.ones(1),
     "push_score": scores,
+    "base score": lambda: StudentT(2).log_prob_and_score(torch.ones(3, 2))[1],
+    "slopes": lambda: RationalQuadratic(4).slopes(*spline_arguments()).ladj_params,
+    "derivative": lambda: derivative(nn.Softplus(), torch.linspace(-2, 2, 5)),
+    "log_prob": lambda: LogJoint(regression).log_prob(torch.ones(3, 2)),
+    "failing gradients": lambda: LogJoint(root).value_and_grad(torch.tensor([[-1.0], [1.0]]))[1],
+    "log_likelihood": lambda: fitted().posterior(50).log_likelihood()["y"],
 }
+_IN_REDUCED_PRECISION = ("push_score",)  # evaluates the user's flow as the user wishes
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("door", DOORS)
 def test_17_every_door_works_in_every_mode(door, mode, recwarn) -> None:
+    if mode == "autocast" and door in _IN_REDUCED_PRECISION:
+        pytest.skip("it evaluates the user's flow in the precision that the user asks for")
     fitted()
     wanted = DOORS[door]().detach().clone()
     with warnings.catch_warnings():
@@ -220,6 +314,22 @@ def test_17_every_door_works_in_every_mode(door, mode, recwarn) -> None:
     torch.testing.assert_close(got.detach().clone(), wanted, rtol=1e-5, atol=1e-6)
     assert torch.is_grad_enabled()
     assert not torch.is_anomaly_enabled()
+
+
+def test_17_copies_and_loaded_flows_of_inference_mode_can_learn(tmp_path) -> None:
+    def learned(flow: Flow) -> torch.Tensor:
+        x = table().double()
+        fit_density(flow, x, max_steps=30, check_every=10, progress=False)
+        return flow.log_prob(x[:20]).detach()
+
+    path, flow = tmp_path / "flow.safetensors", copy.deepcopy(FLOW).double()
+    flow.save(path)
+    guide = AutoFlow(model, small).setup()
+    with torch.inference_mode():
+        copied, loaded, guide = copy.deepcopy(flow), Flow.load(path), copy.deepcopy(guide)
+    for made, outside in ((copied, flow), (loaded, Flow.load(path))):
+        torch.testing.assert_close(learned(made), learned(outside), rtol=1e-9, atol=1e-9)
+    fit_svi(model, guide, (Y,), max_steps=5, progress=False)
 
 
 def test_17_a_line_is_trained_in_every_mode_and_stays_trainable() -> None:
