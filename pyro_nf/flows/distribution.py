@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -136,10 +137,28 @@ class FlowDistribution(dist.TransformedDistribution):
             return last.log_prob
         if self._validate_args and self.transform.codomain is not dist.constraints.real_vector:
             self._validate_sample(value)
-        x, ladj = self.transform.inverse_and_ladj(value)
+        log_prob = self._log_prob(value)
         # a transform without parameters takes any dtype, its base does not
         check_dtype("log_prob", "value", value, floating_dtype(self._owner))
-        return _zero_if_too_far(self.base_dist.log_prob(x) + ladj, value)
+        return self._zero_if_too_far(log_prob, value)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        x, ladj = self.transform.inverse_and_ladj(value)
+        return self.base_dist.log_prob(x) + ladj
+
+    def _zero_if_too_far(self, log_prob: Tensor, value: Tensor) -> Tensor:
+        """The log density, with -inf where numbers overflow on the way, which makes NaN of them.
+
+        NaN stays where ``value`` has it, and where parameters or a context make it.
+        """
+        is_seen = not (torch.compiler.is_compiling() or _is_inside_transform(log_prob))
+        if is_seen and value.device.type == "cpu" and math.isfinite(log_prob.detach().sum()):
+            return log_prob  # as is the rule; the sum shows it at the least cost
+        lost = (log_prob.isnan() | log_prob.isneginf()) & ~value.isnan().any(-1)
+        if is_seen:  # a point nearby, lest the gradients of the others become NaN
+            log_prob = self._log_prob(torch.where(lost.unsqueeze(-1), 0.0, value))
+            lost = lost & ~log_prob.isnan()
+        return torch.where(lost, -torch.inf, log_prob)
 
     def _tensors(self) -> list[Tensor]:
         """All that the density depends on."""
@@ -158,19 +177,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def _is_inside_transform(tensor: Tensor) -> bool:
     """Whether torch.func is transforming what is computed: then values cannot be compared."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def _zero_if_too_far(log_prob: Tensor, value: Tensor) -> Tensor:
-    """The log density, with -inf where numbers overflow on the way to it, which makes NaN of them.
-
-    NaN stays where ``value`` has it.
-    """
-    can_look = value.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or _is_inside_transform(log_prob)
-    )
-    if can_look and not bool(log_prob.isnan().any()):  # as is the rule
-        return log_prob
-    return torch.where(log_prob.isnan() & ~value.isnan().any(-1), -torch.inf, log_prob)
 
 
 class _LastSample:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +42,19 @@ def final(*grads: Tensor) -> bool:
     if torch.is_grad_enabled() or not by_hand():
         return False
     return not any(map(torch._C._functorch.is_legacy_batchedtensor, grads))  # is_grads_batched
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """No anomaly detection inside: it looks at values, which batched gradients do not have.
+
+    Example:
+        >>> with unwatched():
+        ...     torch.is_anomaly_enabled()
+        False
+    """
+    # The switch is of the whole process: where it is off nothing is touched.
+    watched = torch.is_anomaly_enabled()
+    return torch.autograd.set_detect_anomaly(False) if watched else nullcontext()
 
 
 def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

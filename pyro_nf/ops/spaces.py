@@ -59,7 +59,7 @@ def ends(space: Constraint) -> tuple[Tensor, Tensor] | None:
         space: The space; of vectors it may be too.
 
     Returns:
-        Both ends in float64.
+        Both ends in float64, of shape ``()``, or ``(D,)`` if coordinates differ.
 
     Example:
         >>> ends(constraints.independent(constraints.unit_interval, 1))
@@ -68,11 +68,25 @@ def ends(space: Constraint) -> tuple[Tensor, Tensor] | None:
         True
     """
     space = _of_coordinates(space)
+    if isinstance(space, constraints.cat):
+        return _ends_of_parts(space)
     low, high = getattr(space, "lower_bound", None), getattr(space, "upper_bound", None)
     if low is None and high is None and space is not constraints.real:
         return None
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return torch.as_tensor(low).cpu().double(), torch.as_tensor(high).cpu().double()
+
+
+def _ends_of_parts(space: constraints.cat) -> tuple[Tensor, Tensor] | None:
+    """Those of each coordinate, ``(D,)``."""
+    lows, highs = [], []
+    for part, length in zip(space.cseq, space.lengths, strict=True):
+        known = ends(part)
+        if known is None:
+            return None
+        lows.append(known[0].expand(length))
+        highs.append(known[1].expand(length))
+    return torch.cat(lows), torch.cat(highs)
 
 
 def is_within(inner: Constraint, outer: Constraint) -> bool:
@@ -128,8 +142,12 @@ def describe(space: Constraint) -> str:
     known = ends(space)
     if known is None:
         return str(_of_coordinates(space))
-    low, high = known[0].min().item(), known[1].max().item()
-    return "the real numbers" if high - low == math.inf == -low else f"({low:g}, {high:g})"
+    pairs = torch.stack(torch.broadcast_tensors(*known), -1).reshape(-1, 2).tolist()
+    spans = [
+        "the real numbers" if high == math.inf == -low else f"({low:g}, {high:g})"
+        for low, high in pairs
+    ]
+    return spans[0] if len(set(spans)) == 1 else " x ".join(spans)
 
 
 def _of_coordinates(space: Constraint) -> Constraint:

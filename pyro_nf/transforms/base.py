@@ -29,7 +29,7 @@ from pyro_nf._checks import (
     floating_dtype,
     joint_batch_shape,
 )
-from pyro_nf.ops.gradients import gradients
+from pyro_nf.ops.gradients import gradients, unwatched
 from pyro_nf.ops.spaces import describe, is_within
 
 # Above this many dimensions a slow but exact inverse costs less than a Jacobian.
@@ -199,7 +199,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
             y, ladj = self._forward_and_ladj(x, context)
             rows = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
             each = rows.reshape(-1, *(1,) * (y.dim() - 1), y.shape[-1]).expand(-1, *y.shape)
-            (J_T,) = torch.autograd.grad(y, x, each, retain_graph=True, is_grads_batched=True)
+            with unwatched():
+                (J_T,) = torch.autograd.grad(y, x, each, retain_graph=True, is_grads_batched=True)
             (slope,) = gradients(ladj, x)
         J_T = J_T.movedim(0, -1)
         pushed, failed = torch.linalg.solve_ex(J_T, (score - slope).unsqueeze(-1))

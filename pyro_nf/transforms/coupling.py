@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_nf._checks import check_count, check_flag, check_kind
 from pyro_nf.nn.mlp import MLP, Constant
@@ -64,10 +65,10 @@ class Coupling(FlowTransform):
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
         self.domain = over_vectors(univariate.domain)
-        self.codomain = over_vectors(univariate.codomain)
         self.swap = swap
         passing = input_dim // 2
         self.sizes = (input_dim - passing, passing) if swap else (passing, input_dim - passing)
+        self.codomain = self._codomain()
         self.net: nn.Module
         if univariate.num_params and passing + context_dim:
             self.net = MLP(
@@ -82,6 +83,14 @@ class Coupling(FlowTransform):
             self.net = Constant(
                 1, univariate.num_params, hidden_dims=hidden_dims, activation=activation
             )
+
+    def _codomain(self) -> constraints.Constraint:
+        """The half that passes through stays where it was."""
+        passes, mapped = self.univariate.domain, self.univariate.codomain
+        if passes is mapped:
+            return self.domain
+        halves = (mapped, passes) if self.swap else (passes, mapped)
+        return over_vectors(constraints.cat(halves, dim=-1, lengths=self.sizes))
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._map(self.univariate.forward_and_ladj, x, context)

@@ -22,6 +22,7 @@ from pyro_nf.flows.student import StudentT
 from pyro_nf.infer.joint import LogJoint
 from pyro_nf.infer.objectives import ELBO
 from pyro_nf.ops.gradients import derivative
+from pyro_nf.testing import points, randomize
 from pyro_nf.train.loop import Stage, adam, train
 from pyro_nf.train.modes import exclusive
 from pyro_nf.transforms.coupling import Coupling
@@ -360,3 +361,18 @@ def test_17_a_model_with_parameters_is_found_out_without_gradients() -> None:
 
     with torch.no_grad(), pytest.raises(ValueError, match="learnable parameters"):
         fit_svi(learns, max_steps=5, progress=False)
+
+
+@pytest.mark.parametrize("recipe", ["planar", "maf", "iaf", "nsf"])
+def test_17_scores_are_pushed_under_anomaly_detection(recipe):
+    flow = randomize(getattr(flows, recipe)(3)).double()
+    x = points(dist.constraints.real, (5, 3))
+    wanted = flow.transform.push_score(x, -x)
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        got = flow.transform.push_score(x, -x)
+        assert torch.is_anomaly_enabled()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -5,14 +5,17 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 
 from pyro_nf import flows, transforms
 from pyro_nf.flows.base import DiagonalNormal
 from pyro_nf.flows.flow import Flow
-from pyro_nf.testing import randomize
+from pyro_nf.ops.spaces import at_ends
+from pyro_nf.testing import points, randomize
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain
 from pyro_nf.transforms.coupling import Coupling
+from pyro_nf.univariate.fixed import Sigmoid
 from pyro_nf.univariate.spline import RationalQuadratic
 from tests.cases import RECIPES
 
@@ -111,3 +114,39 @@ def test_10_training_on_rows_at_an_end_has_no_nan():
         optimizer.step()
         assert loss.isfinite()
     assert all(p.isfinite().all() for p in flow.parameters())
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_10_the_half_that_passes_a_coupling_keeps_its_space(swap):
+    layer = Coupling(Sigmoid(), 3, swap=swap)
+    flow = Flow(layer, DiagonalNormal(3, scale=6.0))
+    y = flow().sample((5_000,))
+    assert layer.codomain.check(y).all()
+    assert flow().log_prob(y).isfinite().all()  # validation agrees
+    mapped = slice(0, 2) if swap else slice(1, 3)
+    assert ((y[:, mapped] > 0) & (y[:, mapped] < 1)).all()
+    assert (y[:, 2 if swap else 0].abs() > 1).any()
+    assert torch.equal(at_ends(y, layer.codomain), torch.zeros_like(y, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"the real numbers x .*\(0, 1\)|\(0, 1\) x .*real"):
+        Chain([layer, transforms.Sigmoid().inv])
+
+
+@pytest.mark.parametrize("recipe", ["realnvp", "maf", "nsf", "glow"])
+def test_10_huge_values_leave_the_gradients_of_the_others_alone(recipe):
+    flow = randomize(RECIPES[recipe](3, 0)).double()
+    y = points(constraints.real, (4, 3))
+    parameters = list(flow.parameters())
+    wanted = torch.autograd.grad(flow().log_prob(y).sum(), parameters, materialize_grads=True)
+    far = torch.cat((y, y.new_tensor([[1.7e308, 0.1, 0.2], [0.1, math.inf, 0.0]])))
+    log_prob = flow().log_prob(far)
+    assert (log_prob[4:] == -math.inf).all()
+    got = torch.autograd.grad(log_prob[:4].sum(), parameters, materialize_grads=True)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_10_parameters_that_are_nan_are_not_hidden():
+    flow = flows.realnvp(2)
+    with torch.no_grad():
+        next(flow.parameters()).fill_(math.nan)
+    assert flow().log_prob(torch.randn(3, 2)).isnan().all()
