@@ -23,7 +23,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_nf.infer.joint import LogJoint
+from pyro_nf.model.joint import LogJoint
 
 _PARTICLES, _PAIRS = 64, 15
 

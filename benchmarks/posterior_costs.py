@@ -32,18 +32,18 @@ from benchmarks import models
 from benchmarks.posteriors import OutOfTime
 from benchmarks.timing import Figure, add_to, interleave, one_thread, ratio, table
 from pyro_nf.flows.flow import Flow
-from pyro_nf.infer.fit import fit_svi
-from pyro_nf.infer.guide import AutoFlow
-from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.objectives import ELBO, Reparameterised, StickTheLanding
-from pyro_nf.infer.recipe import Step
-from pyro_nf.infer.refine import Chains, neutra
-from pyro_nf.infer.sites import init_anywhere
+from pyro_nf.guides.guide import AutoFlow
+from pyro_nf.model.joint import LogJoint
+from pyro_nf.posterior.refine import Chains, neutra
+from pyro_nf.sites.latents import init_anywhere
 from pyro_nf.train.loop import adam
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain
 from pyro_nf.univariate.affine import Affine
+from pyro_nf.vi.fit import fit_svi
+from pyro_nf.vi.objectives import ELBO, Reparameterised, StickTheLanding
+from pyro_nf.vi.recipe import Step
 from tests.reference_models import exact_targets
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)

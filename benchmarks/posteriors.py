@@ -28,10 +28,10 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 from benchmarks import models, timing
-from pyro_nf.infer.fit import fit_svi
-from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.sites import init_anywhere
-from pyro_nf.infer.weights import smooth
+from pyro_nf.model.joint import LogJoint
+from pyro_nf.posterior.weights import smooth
+from pyro_nf.sites.latents import init_anywhere
+from pyro_nf.vi.fit import fit_svi
 from tests.reference_models import exact_targets
 
 COUNT_DRAWS = 10_000

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import pyro_nf as nf
-from pyro_nf.infer.weights import khat_in_words
 from pyro_nf.plots import loss_curve, pair_plot, weights_plot
+from pyro_nf.posterior.weights import khat_in_words
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])

@@ -2,10 +2,10 @@
 
 from pyro_nf import flows, infer, plots, testing, train, transforms, univariate
 from pyro_nf.flows.flow import Flow
-from pyro_nf.infer.fit import fit_svi
-from pyro_nf.infer.guide import AutoFlow
-from pyro_nf.infer.posterior import Posterior
+from pyro_nf.guides.guide import AutoFlow
+from pyro_nf.posterior.posterior import Posterior
 from pyro_nf.train.density import fit_density
+from pyro_nf.vi.fit import fit_svi
 
 __version__ = "0.1.0"
 

@@ -94,7 +94,7 @@ _ATTRIBUTES = ("losses", "checked_steps", "checked_values", "best_step")
 
 
 class WeightsLike(Protocol):
-    """What :func:`weights_plot` draws; :class:`pyro_nf.infer.weights.Weights` is one."""
+    """What :func:`weights_plot` draws; :class:`pyro_nf.posterior.weights.Weights` is one."""
 
     @property
     def raw(self) -> Tensor:

@@ -625,7 +625,7 @@ def check_guide(
     """Runs the laws of a guide: one set-up makes all parameters, and copies and densities agree.
 
     Args:
-        make_guide: Makes a fresh :class:`~pyro_nf.infer.guide.AutoFlow` for the model.
+        make_guide: Makes a fresh :class:`~pyro_nf.guides.guide.AutoFlow` for the model.
         model: The model.
         args: The model's arguments.
         draws: How many draws to compare densities of.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import pyro_nf as nf
 from pyro_nf import flows, infer, plots, testing, train, transforms, univariate
 from pyro_nf import nn as conditioners
-from pyro_nf.infer.fit import SVIFit
+from pyro_nf.vi.fit import SVIFit
 
 FACES = (nf, univariate, conditioners, transforms, flows, train, testing, plots, infer)
 

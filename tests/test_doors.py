@@ -21,11 +21,11 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 
 import pyro_nf
 from pyro_nf.flows.recipes import maf
-from pyro_nf.infer.fit import fit_svi
-from pyro_nf.infer.guide import AutoFlow
+from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.testing import randomize
 from pyro_nf.train.loop import Minibatches
 from pyro_nf.transforms.affine import LowerAffine
+from pyro_nf.vi.fit import fit_svi
 from tests.doors import INNER, WRONG, Door, parameters, surface, table
 
 OWNS = (TypeError, ValueError, RuntimeError, OSError)

@@ -1,9 +1,14 @@
-"""Inference: the flow guide, its fit, and the posterior that it gives."""
+"""The door to inference: the flow guide, its fit, and the posterior that it gives."""
 
-from pyro_nf.infer.fit import SVIFit, fit_svi
-from pyro_nf.infer.guide import AutoFlow
-from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.objectives import (
+from pyro_nf.guides.guide import AutoFlow
+from pyro_nf.guides.layers import affine_base
+from pyro_nf.guides.recentre import Recentre
+from pyro_nf.model.joint import LogJoint
+from pyro_nf.posterior.posterior import Posterior
+from pyro_nf.posterior.weights import Weights, smooth
+from pyro_nf.search.start import Start, laplace_start
+from pyro_nf.vi.fit import SVIFit, fit_svi
+from pyro_nf.vi.objectives import (
     ELBO,
     ForwardKL,
     ImportanceWeightedELBO,
@@ -11,11 +16,6 @@ from pyro_nf.infer.objectives import (
     StickTheLanding,
     TemperedELBO,
 )
-from pyro_nf.infer.posterior import Posterior
-from pyro_nf.infer.recentre import Recentre
-from pyro_nf.infer.recipe import affine_base
-from pyro_nf.infer.start import Start, laplace_start
-from pyro_nf.infer.weights import Weights, smooth
 
 __all__ = [
     "AutoFlow",

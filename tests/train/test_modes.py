@@ -20,8 +20,7 @@ from torch import nn
 from pyro_nf import AutoFlow, Posterior, fit_density, fit_svi, flows
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.student import StudentT
-from pyro_nf.infer.joint import LogJoint
-from pyro_nf.infer.objectives import ELBO
+from pyro_nf.model.joint import LogJoint
 from pyro_nf.ops.gradients import derivative
 from pyro_nf.testing import points, randomize
 from pyro_nf.train.loop import Stage, adam, train
@@ -29,6 +28,7 @@ from pyro_nf.train.modes import exclusive
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.spline import RationalQuadratic
+from pyro_nf.vi.objectives import ELBO
 
 Y = torch.tensor([1.0, 2.5, 0.5])
 

@@ -1,0 +1,1 @@
+"""Guides whose latents follow a flow."""

@@ -1,0 +1,1 @@
+"""A Pyro model as one batched log joint density."""

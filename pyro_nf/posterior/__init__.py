@@ -1,0 +1,1 @@
+"""Draws of a fitted posterior, and what may be said of them."""

@@ -1,0 +1,1 @@
+"""Where a posterior has its mass: climbs, maxima, Gaussians and particles."""

@@ -1,0 +1,1 @@
+"""What a model's latent sites are: their supports, coordinates and priors."""

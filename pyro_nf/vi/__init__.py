@@ -1,0 +1,1 @@
+"""Variational inference: objectives, stages, and the fit."""
