@@ -13,11 +13,11 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
-from tests.infer.test_guide import small
 from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi
 from pyro_nf.model.joint import LogJoint
+from tests.guides.test_guide import small
 
 F64 = torch.float64
 

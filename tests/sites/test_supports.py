@@ -19,13 +19,13 @@ from pyro.infer.autoguide import (
     init_to_sample,
     init_to_uniform,
 )
-from tests.infer.test_guide import small
 from torch import Tensor
 
 from pyro_nf import AutoFlow, Posterior, fit_svi
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.sites.supports import bijection, event_ladj, is_pushed
 from pyro_nf.testing import check_guide
+from tests.guides.test_guide import small
 
 F64 = torch.float64
 
