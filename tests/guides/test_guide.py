@@ -579,7 +579,7 @@ def test_state_dict_into_a_fresh_guide() -> None:
 
 ELSEWHERE = """
 import sys, torch, pyro
-from tests.infer.test_guide import regression, data, small
+from tests.guides.test_guide import regression, data, small
 from pyro_nf import AutoFlow
 pyro.set_rng_seed(1234)
 if sys.argv[1] == "store":
