@@ -80,3 +80,51 @@ def test_rhat_of_chains_that_disagree() -> None:
     assert rhat_and_ess(chains.flatten(), 4)[0] < 1.02
     chains[0] += 3
     assert rhat_and_ess(chains.flatten(), 4)[0] > 1.2
+
+
+class Interrupted:
+    """The skewed model, which raises KeyboardInterrupt after so many runs."""
+
+    runs, raise_at = 0, -1
+
+    def __call__(self) -> None:
+        self.runs += 1
+        if self.runs == self.raise_at:
+            raise KeyboardInterrupt
+        skewed()
+
+
+def refined(method, raise_after: int = -1, **options) -> tuple[Posterior, int]:
+    """The refined posterior, and how often the model ran for it."""
+    model = Interrupted()
+    posterior = Posterior.from_guide(AutoFlow(model, init_scale=0.8), num_draws=100)
+    before = model.runs
+    model.raise_at = before + raise_after if raise_after > 0 else -1
+    result = posterior.refine(method, num_chains=3, seed=3, progress=False, **options)
+    return result, model.runs - before
+
+
+@pytest.mark.parametrize("runs", [25, 40, 61])
+def test_15_an_interrupted_refinement_keeps_its_draws(runs: int) -> None:
+    options = {"num_draws": 50, "warmup": 10}
+    kept, whole = (refined("independence", n, **options)[0] for n in (runs, -1))
+    count = len(kept.z) // 3
+    assert 0 < count < 50
+    first = whole.z.reshape(3, 50, -1)[:, :count]  # the same draws as of chains that went on
+    torch.testing.assert_close(kept.z.reshape(3, count, -1), first)
+    assert kept.samples["scale"].shape == (3 * count,)
+    assert "scale" in str(kept.summary())
+
+
+def test_15_an_interrupted_refinement_keeps_its_complete_chains() -> None:
+    options = {"num_draws": 12, "warmup": 3}
+    whole, runs = refined("neutra", **options)
+    kept, _ = refined("neutra", runs - 8, **options)  # in the last of three chains
+    torch.testing.assert_close(kept.z, whole.z[:24])
+    assert "scale" in str(kept.summary())
+
+
+@pytest.mark.parametrize("method", ["independence", "neutra"])
+def test_15_a_refinement_without_draws_says_that_it_was_interrupted(method) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        refined(method, 8, num_draws=50, warmup=20)
