@@ -30,6 +30,7 @@ from pyro_nf._checks import (
 )
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.entries import entries
+from pyro_nf.train.randomness import own_randomness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,8 +167,7 @@ def plot_density(
     if bounds is not None:
         _check_bounds(bounds, flow.input_dim)
     d = flow(context)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with own_randomness(seed), torch.no_grad():
         samples = d.sample((num_samples,))
         check_finite("plot_density", "a sample of the flow", samples)
         if bounds is None:

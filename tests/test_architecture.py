@@ -38,7 +38,7 @@ ROOMS = {
     "testing": Room(
         4, beside=("flows",), pyro=("pyro.distributions",), pyro_in_functions=("pyro",)
     ),
-    "plots": Room(4, beside=("flows",), pyro=("pyro.distributions",)),
+    "plots": Room(4, beside=("flows", "train"), pyro=("pyro.distributions",)),
     "sites": Room(5, pyro=("pyro",)),
     "model": Room(6, pyro=("pyro",)),
     "search": Room(7, pyro=("pyro",)),
