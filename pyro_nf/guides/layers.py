@@ -20,9 +20,13 @@ COUNT_LAYERS, MANY_LAYERS, MANY_LAYERS_DIM = 4, 6, 20
 # carried away by the noise of single particles.
 MAX_LOG_SCALE = 6.0
 HIDDEN_DIM, MAX_HIDDEN_DIM = 64, 256
-# In plain SVI all parameters learn at one rate. Many weights move a draw together, each by little;
-# the location must go a long way, in units of the scale, so that it comes to rest in narrow ones.
-LIGHT_GAIN, SHIFT_GAIN, SCALE_GAIN = 1 / 16, 32.0, 4.0
+# In plain SVI all parameters learn at one rate. Many weights move a draw together, each by little.
+LIGHT_GAIN = 1 / 16
+# Location and scale must go a long way, in units of the scale, so that they come to rest in narrow
+# posteriors. But at rest the slope that one particle gives is noise: at a rate r a gain c leaves a
+# loss of about r c / 4 nats in each coordinate. So the more coordinates, the smaller the gains.
+SHIFT_GAIN, MOST_SHIFT_GAIN = 128.0, 32.0
+SCALE_GAIN, MOST_SCALE_GAIN = 10.0, 4.0
 
 
 def affine_base(start: Start, rank: int = 16) -> Chain:
@@ -50,8 +54,8 @@ def light_layers(input_dim: int) -> Chain:
 
     Pyro takes one optimiser for each parameter, so what a step of plain ``SVI`` costs goes by the
     number of parameters: here there are five. What a draw can be moved and stretched by is bounded,
-    because with single particles a step may follow one wild draw. The shift goes far at each step,
-    so that a location far off is reached at small learning rates too.
+    because with single particles a step may follow one wild draw. Of few coordinates the shift goes
+    far at each step, so that a location far off is reached at small learning rates too.
 
     Args:
         input_dim: Size of the event.
@@ -68,7 +72,10 @@ def light_layers(input_dim: int) -> Chain:
         activation=nn.SiLU,  # a posterior is smooth, and so should its flow be
         fast="forward",
     )
-    far = SmoothAffine(shift_gain=SHIFT_GAIN, scale_gain=SCALE_GAIN)
+    far = SmoothAffine(
+        shift_gain=min(max(SHIFT_GAIN / input_dim**2, 1.0), MOST_SHIFT_GAIN),
+        scale_gain=min(max(SCALE_GAIN / input_dim, 1.0), MOST_SCALE_GAIN),
+    )
     return Chain([layer, Elementwise(far, input_dim)])
 
 
