@@ -42,14 +42,8 @@ from pyro_nf.search.gaussians import MAX_FULL_DIM
 from pyro_nf.search.start import Start
 from pyro_nf.search.tempering import whitened
 from pyro_nf.sites.improper import ImproperPosterior, kept_entries, suspects
-from pyro_nf.sites.latents import (
-    InitLocFn,
-    LatentSite,
-    Model,
-    init_anywhere,
-    latent_sites,
-    refuse_subsampled_latents,
-)
+from pyro_nf.sites.latents import InitLocFn, Model, init_anywhere, refuse_subsampled_latents
+from pyro_nf.sites.layout import Layout
 from pyro_nf.sites.supports import bijection, is_flat, is_pushed
 from pyro_nf.train.modes import exclusive, recording
 from pyro_nf.train.randomness import own_randomness
@@ -268,16 +262,17 @@ class AutoFlow(AutoContinuous):
         trace = cast(Trace, self.prototype_trace)
         keeps = kept_entries(self._plain_model[0], args, kwargs, trace)
         self._suspects = suspects(trace)
-        self._places: dict[str, LatentSite] = latent_sites(trace, keeps)
+        self.layout = Layout.of_trace(trace, keeps)
         self._left_out: dict[str, Any] = {}
         for name, site in self._sites():
-            if name not in self._places:  # its prior is masked, and nothing depends on it
+            if name not in self.layout.sites:  # its prior is masked, and nothing depends on it
                 self._left_out[name] = site
                 trace.remove_node(name)
         sites = dict(self._sites())
-        self._unconstrained_shapes = {n: p.unconstrained_shape for n, p in self._places.items()}
+        places = self.layout.sites
+        self._unconstrained_shapes = {n: p.unconstrained_shape for n, p in places.items()}
         self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in sites.items()}
-        self.latent_dim = sum(place.size for place in self._places.values())
+        self.latent_dim = self.layout.latent_dim
         if not self.latent_dim:
             raise RuntimeError("AutoFlow: the model has no latent, so there is nothing to infer.")
 
@@ -311,7 +306,7 @@ class AutoFlow(AutoContinuous):
         The value of such a site cannot be told from its own coordinates alone.
         """
         sites = dict(self._sites())
-        transforms = {name: place.transform for name, place in self._places.items()}
+        transforms = {name: place.transform for name, place in self.layout.sites.items()}
 
         def moved(site: Any) -> Tensor:
             name = site["name"]
@@ -543,7 +538,7 @@ class AutoFlow(AutoContinuous):
 
     def _sampled(self, site: Any, u: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """One latent, as a Delta whose density is that of the change of variables."""
-        name, place = site["name"], self._places[site["name"]]
+        name, place = site["name"], self.layout.sites[site["name"]]
         value = place.transform(u)
         log_density: Any = 0.0
         if poutine.get_mask() is not False:
@@ -564,21 +559,11 @@ class AutoFlow(AutoContinuous):
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Each site with its unconstrained value, whatever plates stand around the guide."""
         for name, site in self._sites():
-            place = self._places[name]
-            piece = place.complete(latent[..., place.start : place.start + place.size])
-            event = (1,) * (len(place.unconstrained_shape) - place.batch_ndim)
-            shape = torch.broadcast_shapes(place.unconstrained_shape, latent.shape[:-1] + event)
-            yield site, piece.reshape(shape)
+            yield site, self.layout.sites[name].cut_within_plates(latent)
 
     def _init_loc(self) -> Tensor:
         """The unconstrained coordinates of the prototype's values."""
-        sites, empty = dict(self._sites()), torch.Size()
-        return torch.cat(
-            [
-                place.flat(place.transform.inv(sites[name]["value"].detach()), empty)
-                for name, place in self._places.items()
-            ]
-        )
+        return self.layout.coordinates(cast(Trace, self.prototype_trace))
 
     def get_base_dist(self) -> Any:
         """Standard normals, ``(latent_dim,)``."""
@@ -596,7 +581,7 @@ class AutoFlow(AutoContinuous):
         self._ready()
         for name, site in self._sites():
             pushed = is_pushed(site["fn"])
-            if pushed or self._places[name].keep is not None:
+            if pushed or self.layout.sites[name].keep is not None:
                 problem = "reports a support that is not its own" if pushed else "is partly masked"
                 raise ValueError(
                     "AutoFlow.get_transform: wanted latents that Pyro maps from R^n as this guide "
@@ -613,7 +598,7 @@ class AutoFlow(AutoContinuous):
     def _draw(self, num_draws: int) -> dict[str, Tensor]:
         with own_randomness(seed=0), torch.no_grad():
             z = self._ready()().sample((num_draws,))
-        return {name: place.transform(place.cut(z)) for name, place in self._places.items()}
+        return self.layout.unpack(z)
 
     def _sites(self) -> list[tuple[str, Any]]:
         assert self.prototype_trace is not None
@@ -663,25 +648,11 @@ class AutoFlow(AutoContinuous):
         for name, value in values.items():
             check_floating("AutoFlow", f"values[{name!r}]", value)
         flow = self._ready()
-        sites = dict(self._sites())
+        sites = self.layout.sites
         if set(values) != set(sites):
             raise ValueError(f"AutoFlow: wanted values of {sorted(sites)}, got {sorted(values)}.")
-        pieces, ladj = [], self.coordinates.loc.new_zeros(())
-        is_outside = torch.zeros_like(ladj, dtype=torch.bool)
-        for name, site in sites.items():
-            place = self._places[name]
-            value, outside = place.pulled_inside(site["fn"], values[name])
-            lead = value.shape[: value.dim() - site["value"].dim()]
-            # anything inside does for what has no density
-            of_event = (*outside.shape, *(1,) * place.event_dim)
-            value = value.where(~outside.reshape(of_event), site["value"])
-            is_outside = is_outside | outside.reshape(*lead, -1).any(-1)
-            u = place.transform.inv(value)
-            pieces.append(place.flat(u, lead))
-            each = place.ladj(place.transform, u, value)
-            ladj = ladj + each.reshape(*lead, -1).sum(-1)
-        batch_shape = torch.broadcast_shapes(*(p.shape[:-1] for p in pieces))
-        z = torch.cat([p.expand(*batch_shape, -1) for p in pieces], -1)
+        trace = cast(Trace, self.prototype_trace)
+        z, ladj, is_outside = self.layout.pack_inside(values, trace)
         log_prob = cast(Tensor, flow().log_prob(z)) - ladj
         return torch.where(is_outside, -torch.inf, log_prob)
 

@@ -32,14 +32,8 @@ from pyro_nf.model.enumeration import Enumeration
 from pyro_nf.ops.recording import copy_out, fold_constants, process_seconds, simplify
 from pyro_nf.sites.centring import SiteCentring, location_and_scale
 from pyro_nf.sites.improper import kept_entries, refuse_flat_directions, stand_ins, suspects
-from pyro_nf.sites.latents import (
-    InitLocFn,
-    LatentSite,
-    Model,
-    latent_nodes,
-    latent_sites,
-    trace_prototype,
-)
+from pyro_nf.sites.latents import InitLocFn, Model, latent_nodes, trace_prototype
+from pyro_nf.sites.layout import Layout
 from pyro_nf.sites.prior_check import check_priors
 from pyro_nf.sites.substitute import SafeLinalg, Substitute, fast_pyro
 from pyro_nf.train.budget import Budget
@@ -177,7 +171,7 @@ class LogJoint:
             self._check()
             suspected = suspects(trace)
             if not self.is_random and (suspected or self.kind != "loop"):  # a run for each point
-                refuse_flat_directions(self.value_and_grad, self.init_loc, self.sites, suspected)
+                refuse_flat_directions(self.value_and_grad, self.init_loc, self.layout, suspected)
             self._note_hierarchy(trace, run)
 
     def __repr__(self) -> str:
@@ -207,11 +201,11 @@ class LogJoint:
             name for name, node in latents.items() if node["fn"].has_enumerate_support
         )
         keeps = kept_entries(self.model, self.args, self.kwargs, trace)
-        self.sites: dict[str, LatentSite] = latent_sites(trace, keeps, self.enumerated_sites)
+        self.layout = Layout.of_trace(trace, keeps, self.enumerated_sites)
+        self.sites, self.latent_dim = self.layout.sites, self.layout.latent_dim
         left_out = latents.keys() - self.sites.keys() - set(self.enumerated_sites)
         self._fixed = {name: latents[name]["value"].detach() for name in left_out}
         self._stand_ins = stand_ins(trace)
-        self.latent_dim = sum(site.size for site in self.sites.values())
         if not self.latent_dim:
             raise ValueError("the model has no continuous latent site: nothing is to be inferred.")
         self.max_batch_ndim = depth
@@ -623,7 +617,7 @@ class LogJoint:
         if self._centring:
             z, _ = self._moved(z, self._centring, inverse=False)
         if not self.dynamic_sites:
-            return {name: site.transform(site.cut(z)) for name, site in self.sites.items()}
+            return self.layout.unpack(z)
         flat = z.reshape(-1, self.latent_dim)
         with torch.no_grad(), fast_pyro(), SafeLinalg():
             runs = [self._run(zi, dynamic=True)[1].values for zi in flat]
@@ -638,30 +632,12 @@ class LogJoint:
         Raises:
             ValueError: a site is missing or has the wrong shape; a support depends on latents.
         """
-        check_kind("LogJoint.pack", "values", values, Mapping)
-        for name, value in values.items():
-            check_floating("LogJoint.pack", f"values[{name!r}]", value)
         if self.dynamic_sites:
             raise ValueError(
                 f"the supports of {list(self.dynamic_sites)} depend on other latents: their "
                 f"values cannot be packed one by one."
             )
-        pieces = []
-        for name, site in self.sites.items():
-            if name not in values:
-                raise ValueError(f"pack: site {name!r} is missing; wanted {list(self.sites)}.")
-            value = values[name]
-            ndim = len(site.shape)
-            if value.shape[value.dim() - ndim :] != site.shape:
-                raise ValueError(
-                    f"pack: site {name!r} has shape {tuple(value.shape)}, but its last dimensions "
-                    f"must be {tuple(site.shape)}."
-                )
-            u = site.transform.inv(value)
-            pieces.append(site.flat(u, value.shape[: value.dim() - ndim]))
-        lead = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-        pieces = [piece.expand(lead + piece.shape[-1:]) for piece in pieces]
-        z = torch.cat(pieces, -1).to(self.init_loc.dtype)
+        z = self.layout.pack(values, "LogJoint.pack").to(self.init_loc.dtype)
         return self._moved(z, self._centring, inverse=True)[0] if self._centring else z
 
     def recentred(self, precision: Tensor, shift: Tensor) -> "LogJoint":

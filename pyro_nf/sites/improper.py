@@ -17,7 +17,8 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 
 from pyro_nf.ops.devices import in_double
-from pyro_nf.sites.latents import LatentSite, Model, latent_nodes
+from pyro_nf.sites.latents import Model, latent_nodes
+from pyro_nf.sites.layout import Layout
 from pyro_nf.sites.substitute import SafeLinalg, fast_pyro
 from pyro_nf.sites.supports import bijection, is_flat
 
@@ -182,7 +183,7 @@ def suspects(trace: poutine.Trace) -> list[str]:
 def refuse_flat_directions(
     value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]],
     init_loc: Tensor,
-    sites: Mapping[str, LatentSite],
+    layout: Layout,
     suspected: Collection[str],
 ) -> None:
     """Raises if the log joint is a straight line in some direction.
@@ -192,15 +193,14 @@ def refuse_flat_directions(
     Args:
         value_and_grad: the log joint (S,) and its gradient (S, D) of points (S, D).
         init_loc: where to look around, (D,).
-        sites: the sites that the coordinates belong to.
+        layout: the sites that the coordinates belong to.
         suspected: sites without a prior density.
 
     Raises:
         ImproperPosterior: naming the site and its entries.
     """
-    labels = [label for site in sites.values() for label in site.labels]
-    owner = [name for name, site in sites.items() for _ in range(site.size)]
-    loose = torch.tensor([name in suspected for name in owner], device=init_loc.device)
+    labels, owners = layout.labels, layout.owners
+    loose = torch.tensor([name in suspected for name in owners], device=init_loc.device)
     count_loose = int(loose.sum())
     together = 0 < count_loose <= _MAX_DIRECTIONS
     count = max(_COUNT_POINTS, count_loose + 4 if together else 0)
@@ -232,8 +232,8 @@ def refuse_flat_directions(
         raise ImproperPosterior(
             f"the posterior is improper: neither a prior nor the data hold "
             f"{', '.join(labels[i] for i in flat[:10])}{' ...' if len(flat) > 10 else ''} of site "
-            f"{', '.join(repr(name) for name in dict.fromkeys(owner[i] for i in flat))}. Give it a "
-            "proper prior, such as a wide Normal, or take it out of the model."
+            f"{', '.join(repr(name) for name in dict.fromkeys(owners[i] for i in flat))}. Give it "
+            "a proper prior, such as a wide Normal, or take it out of the model."
         )
     loose = loose & ~is_line  # of a coordinate that rounding hides nothing can be said
     if not together or not bool(loose.any()):
@@ -251,6 +251,6 @@ def refuse_flat_directions(
             raise ImproperPosterior(
                 "the posterior is improper: neither a prior nor the data hold the combination "
                 + " ".join(f"{float(full[i]):+.3g} {labels[i]}" for i in parts[:10])
-                + f" of the sites {sorted({owner[i] for i in parts})}. Give one of them a proper "
+                + f" of the sites {sorted({owners[i] for i in parts})}. Give one of them a proper "
                 "prior, such as a wide Normal."
             )

@@ -11,7 +11,8 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_nf.sites.latents import LatentSite, Message, Model, latent_nodes
+from pyro_nf.sites.latents import Message, Model, latent_nodes
+from pyro_nf.sites.layout import LatentSite
 from pyro_nf.sites.supports import bijection
 from pyro_nf.train.budget import Budget
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_nf.sites.centring import SiteCentring, location_and_scale
-from pyro_nf.sites.latents import LatentSite, Message
+from pyro_nf.sites.latents import Message
+from pyro_nf.sites.layout import LatentSite
 from pyro_nf.sites.supports import bijection, is_identity
 from pyro_nf.train.modes import exclusive, full_precision
 
