@@ -39,8 +39,8 @@ from pyro_nf.guides.recentre import Recentre
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.ops.devices import device_of
 from pyro_nf.search.gaussians import MAX_FULL_DIM
+from pyro_nf.search.mixtures import whitened
 from pyro_nf.search.start import Start
-from pyro_nf.search.tempering import whitened
 from pyro_nf.sites.improper import ImproperPosterior, kept_entries, suspects
 from pyro_nf.sites.latents import InitLocFn, Model, init_anywhere, refuse_subsampled_latents
 from pyro_nf.sites.layout import Layout
@@ -401,7 +401,7 @@ class AutoFlow(AutoContinuous):
 
         Args:
             start: What :func:`pyro_nf.search.start.laplace_start` found, or, for a guide with as
-                many components, what :func:`pyro_nf.search.tempering.separated_mixture` found.
+                many components, what :func:`pyro_nf.search.mixtures.separated_mixture` found.
             recentring: The map to the unconstrained latents, if the start is in others.
 
         Raises:

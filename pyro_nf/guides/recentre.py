@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_nf._checks import check_kind, check_tensor
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
+from pyro_nf.model.joint import LogJoint, RecentredJoint
 from pyro_nf.search.gaussians import MAX_FULL_DIM, diagonal_precision
 from pyro_nf.transforms.base import FlowTransform
 
@@ -76,7 +77,7 @@ class Recentre(FlowTransform):
         check_tensor("Recentre.at", "z", z, (joint.latent_dim,))
         there = plain.recentred()
         v = plain.inverse_and_ladj(z)[0].detach()
-        sigma = plain._scales(z)
+        sigma = joint.prior_scales(z)
         g = there.value_and_grad(v.unsqueeze(0))[1][0]
         excess = _curvature(there, v) - 1
         is_seen = excess > _ROUNDING * torch.finfo(z.dtype).eps
@@ -84,20 +85,9 @@ class Recentre(FlowTransform):
         b = torch.where(h > 0, h * z + (g + v) / sigma, 0.0).nan_to_num(0.0, 0.0, 0.0)
         return cls(joint, h, b)
 
-    def recentred(self) -> LogJoint:
+    def recentred(self) -> RecentredJoint:
         """The log joint density in the coordinates on the base side."""
         return self._model().recentred(self.precision, self.shift)
-
-    def _scales(self, z: Tensor) -> Tensor:
-        """Scale of each coordinate's prior at ``z``; inf, for an h of 0, where none places it."""
-        joint, sigmas = self._model(), torch.full_like(z, torch.inf)
-        with torch.no_grad():
-            priors = joint._run(z)[1].priors
-        for name in joint.hierarchical_sites:
-            site = joint.sites[name]
-            sigma = priors[name][1].expand(site.unconstrained_shape)
-            sigmas[site.start : site.start + site.size] = sigma.reshape(-1)
-        return sigmas
 
     def _model(self) -> LogJoint:
         if self.joint is None:
@@ -120,7 +110,7 @@ class Recentre(FlowTransform):
         return Recentre(self._model(), self.precision.clone(), self.shift.clone())
 
 
-def _curvature(joint: LogJoint, z: Tensor) -> Tensor:
+def _curvature(joint: LogDensity, z: Tensor) -> Tensor:
     """The diagonal of ``-d^2 log p / dz^2`` at a point ``(D,)``; 0 where there is none."""
     try:
         if len(z) > MAX_FULL_DIM:

@@ -37,14 +37,14 @@ class Enumeration:
     Args:
         model: a Pyro model.
         names: of the discrete sites.
-        max_batch_ndim: how many batch dimensions the model has.
+        max_plate_nesting: how many batch dimensions the model has.
     """
 
-    def __init__(self, model: Model, names: Collection[str], max_batch_ndim: int) -> None:
+    def __init__(self, model: Model, names: Collection[str], max_plate_nesting: int) -> None:
         def in_parallel(site: Any) -> Any:
             return {"enumerate": "parallel"} if site["name"] in names else {}
 
-        self.max_batch_ndim = max_batch_ndim
+        self.names, self.max_plate_nesting = tuple(names), max_plate_nesting
         self._model = poutine.infer_config(model, in_parallel)
 
     def log_prob(
@@ -58,7 +58,7 @@ class Enumeration:
             kwargs: of the model.
             particles: S; None if there is no dimension of particles.
         """
-        depth = self.max_batch_ndim
+        depth = self.max_plate_nesting
         if particles is None:
             model = _Enumerate(-1 - depth)(self._model)
             with given:

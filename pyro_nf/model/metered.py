@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, TypeVar
@@ -10,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 
 Kind = Literal["value", "gradient", "hessian"]
@@ -26,7 +27,7 @@ _FIRST_SIZES = (1, 8, 64)
 _SMALL_SHARE = 0.1
 
 
-class Metered:
+class Metered(LogDensity):
     """A log joint density that is evaluated only if there is time for it.
 
     Each evaluation is timed. What the next one will cost is read off those of its kind: the last of
@@ -42,6 +43,7 @@ class Metered:
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_nf.model.joint import LogJoint
         >>> def model():
         ...     pyro.sample("x", dist.Normal(0.0, 1.0))
         >>> rows = Rows()
@@ -51,20 +53,22 @@ class Metered:
         (40.0, 60.0)
     """
 
-    def __init__(self, joint: LogJoint, budget: Budget, rows: Rows | None = None) -> None:
+    def __init__(self, joint: LogDensity, budget: Budget, rows: Rows | None = None) -> None:
+        super().__init__()
         self.joint, self.budget = joint, budget
-        self.has_parameters = joint.has_parameters
+        self.init_loc, self.kind = joint.init_loc, joint.kind
+        self.is_random, self.has_parameters = joint.is_random, joint.has_parameters
         self.rows = Rows() if rows is None else rows
         self._seconds: dict[Kind, dict[int, float]] = {kind: {} for kind in _GUESS}
 
     @classmethod
-    def of(cls, joint: LogJoint | Metered, max_seconds: float | None, clock: Clock) -> Metered:
+    def of(cls, joint: LogDensity, max_seconds: float | None, clock: Clock) -> Metered:
         """The density itself if it is metered; or else one that may take so many seconds."""
         if isinstance(joint, Metered):
             return joint
         return cls(joint, Budget(max_seconds=max_seconds, clock=clock)).explored()
 
-    def within(self, budget: Budget, joint: LogJoint | None = None) -> Metered:
+    def within(self, budget: Budget, joint: LogDensity | None = None) -> Metered:
         """With the prices known so far, under another budget or for another density."""
         other = Metered(self.joint if joint is None else joint, budget, self.rows)
         if joint is None:
@@ -173,29 +177,51 @@ class Metered:
     # ---- the density
 
     @property
-    def init_loc(self) -> Tensor:
-        return self.joint.init_loc
+    def labels(self) -> list[str]:
+        """A name for each coordinate."""
+        return self.joint.labels
 
-    @property
-    def latent_dim(self) -> int:
-        return self.joint.latent_dim
+    def unpack(self, z: Tensor) -> dict[str, Tensor]:
+        """``{name: value (..., *shape)}`` of ``z (..., D)``."""
+        return self.joint.unpack(z)
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        """log p (S,) of z (S, D), differentiable, with NaN or inf wherever the density has them."""
+        return self.spend("gradient", len(z), lambda: self.joint.evaluate(z))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """As :meth:`LogJoint.log_prob <pyro_nf.model.joint.LogJoint.log_prob>`."""
+        """log p(z) (...,) of z (..., D), differentiable; -inf where it is not finite."""
         kind: Kind = "gradient" if z.requires_grad and torch.is_grad_enabled() else "value"
         return self.spend(kind, math.prod(z.shape[:-1]), lambda: self.joint.log_prob(z))
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`LogJoint.value_and_grad <pyro_nf.model.joint.LogJoint.value_and_grad>`."""
+        """log p(z) (S,) and its gradient (S, D), outside of any autograd graph."""
         return self.spend("gradient", len(z), lambda: self.joint.value_and_grad(z))
 
     def hessian(self, z: Tensor) -> Tensor:
-        """As :meth:`LogJoint.hessian <pyro_nf.model.joint.LogJoint.hessian>`."""
+        """d^2 log p / dz^2 (..., D, D) at z (..., D)."""
         return self.spend("hessian", z.numel(), lambda: self.joint.hessian(z))
 
     def prior_draw(self, seed: int) -> Tensor:
-        """As :meth:`LogJoint.prior_draw <pyro_nf.model.joint.LogJoint.prior_draw>`."""
+        """The coordinates (D,) of a draw of the prior."""
         return self.spend("value", 1, lambda: self.joint.prior_draw(seed))
+
+    def prior_draws(self, count: int) -> Tensor | None:
+        """The coordinates (count, D) of draws of the prior, if they come all at once."""
+        return self.spend("value", count, lambda: self.joint.prior_draws(count))
+
+    def record(
+        self,
+        batch_size: int,
+        max_seconds: float | None = 1.0,
+        clock: Clock = time.perf_counter,
+        compile: bool = False,
+        if_faster: bool = True,
+    ) -> bool:
+        """As the density does; what gradients of this size cost is forgotten."""
+        recorded = self.joint.record(batch_size, max_seconds, clock, compile, if_faster)
+        self.forget(batch_size)
+        return recorded
 
 
 class Rows:

@@ -66,14 +66,14 @@ def _padded(joint: LogJoint, samples: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Draws ``(S, *shape)`` with the draws to the left of all plates, ``(S, 1, ..., *shape)``."""
     padded = {}
     for name, draws in samples.items():
-        pad = (1,) * (joint.max_batch_ndim - joint.sites[name].batch_ndim)
+        pad = (1,) * (joint.max_plate_nesting - joint.sites[name].batch_ndim)
         padded[name] = draws.reshape(len(draws), *pad, *draws.shape[1:])
     return padded
 
 
 def _draws(joint: LogJoint, count: int) -> AbstractContextManager[object]:
     """The plate of the draws, in which what does not depend on them is drawn for each anew."""
-    return pyro.plate("_draws", count, dim=-1 - joint.max_batch_ndim)
+    return pyro.plate("_draws", count, dim=-1 - joint.max_plate_nesting)
 
 
 def _forward(
@@ -268,7 +268,7 @@ def pointwise_log_likelihood(joint: LogJoint, samples: Mapping[str, Tensor]) -> 
         rows = [{name: _log_prob(node) for name, node in nodes.items()} for nodes in singles]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     one = next(singles)
-    depth = joint.max_batch_ndim
+    depth = joint.max_plate_nesting
     nodes = _run(joint, _padded(joint, samples), _draws(joint, count))
     return {
         name: _log_prob(node)

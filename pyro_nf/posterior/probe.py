@@ -13,16 +13,10 @@ from torch import Tensor
 
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.ops.devices import in_double
-from pyro_nf.search.gaussians import MAX_FULL_DIM
-from pyro_nf.search.maxima import (
-    Effort,
-    Maxima,
-    StudentT,
-    find_maxima,
-    prior_draws,
-    prior_reference,
-    starts,
-)
+from pyro_nf.search.effort import Effort
+from pyro_nf.search.gaussians import MAX_FULL_DIM, StudentT
+from pyro_nf.search.maxima import Maxima, find_maxima
+from pyro_nf.search.points import prior_draws, prior_reference, starts
 from pyro_nf.train.budget import Budget
 from pyro_nf.train.modes import recording
 from pyro_nf.train.randomness import own_randomness

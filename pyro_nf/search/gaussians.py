@@ -1,27 +1,35 @@
-"""Gaussians near a posterior: their scales from its curvature, and how good they are."""
+"""Gaussians and Student-ts near a posterior: scales from its curvature, and how good they are."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 from pyro_nf.model.metered import Metered
 from pyro_nf.ops.devices import in_double
+from pyro_nf.transforms.linear import shrunk_covariance
 
 # Above this many dimensions no D x D matrix is made: the candidates have diagonal scales.
 MAX_FULL_DIM = 300
 # An axis along which the density hardly falls is given these scales, to be chosen by ELBO.
 MAX_SCALES = (10.0, 1000.0)
 # Probes of a diagonal of second derivatives.
-COUNT_PROBES = 32
+NUM_PROBES = 32
+# Step of a difference of gradients, in sds of its coordinate.
+_DIFFERENCE = 0.25
+# Degrees of freedom of the Student-ts.
+_DEGREES = 5.0
 
 
 def hessian_rows(dim: int) -> int:
     """Rows of the batch by which the curvature at a point of so many coordinates is found."""
-    return dim if dim <= MAX_FULL_DIM else COUNT_PROBES
+    return dim if dim <= MAX_FULL_DIM else NUM_PROBES
 
 
 def sample_gaussian(loc: Tensor, scale: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +40,13 @@ def sample_gaussian(loc: Tensor, scale: Tensor, eps: Tensor) -> tuple[Tensor, Te
         z, ladj = loc + eps @ scale.mT, scale.diagonal().log().sum()
     log_normal = -0.5 * (eps**2).sum(-1) - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
     return z, log_normal - ladj
+
+
+def mean_and_root(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and lower root of the covariance of draws (N, D), shrunk towards its diagonal."""
+    covariance = shrunk_covariance(in_double(z))
+    jitter = 1e-10 * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+    return z.mean(0), torch.linalg.cholesky(covariance + jitter).to(z)
 
 
 def laplace_scale(hessian: Tensor, max_scale: float = MAX_SCALES[-1]) -> Tensor:
@@ -60,12 +75,12 @@ def laplace_scale(hessian: Tensor, max_scale: float = MAX_SCALES[-1]) -> Tensor:
     return lower.to(hessian)
 
 
-def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -> Tensor:
+def diagonal_precision(joint: LogDensity, z: Tensor, generator: torch.Generator) -> Tensor:
     """|diag H| by Hutchinson's probes v * (H v), without a D x D matrix."""
-    probes = torch.randint(0, 2, (COUNT_PROBES, len(z)), generator=generator).to(z) * 2 - 1
-    batch = z.expand(COUNT_PROBES, -1).clone().requires_grad_()
+    probes = torch.randint(0, 2, (NUM_PROBES, len(z)), generator=generator).to(z) * 2 - 1
+    batch = z.expand(NUM_PROBES, -1).clone().requires_grad_()
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(joint._evaluate(batch).sum(), batch, create_graph=True)
+        (grad,) = torch.autograd.grad(joint.evaluate(batch).sum(), batch, create_graph=True)
         (product,) = torch.autograd.grad((grad * probes).sum(), batch)
     diagonal = (product * probes).mean(0)
     if not bool(torch.isfinite(diagonal).all()):
@@ -73,8 +88,63 @@ def diagonal_precision(joint: LogJoint, z: Tensor, generator: torch.Generator) -
     return diagonal.abs()
 
 
+def curvature_scale(joint: LogDensity, z: Tensor) -> Tensor | None:
+    """L of Laplace's approximation at one point ``(D,)``; None where there is no curvature.
+
+    The second derivative by backward passes is NaN where ``logsumexp`` meets pieces that are far
+    apart, although the gradient is right. There it comes from differences of gradients.
+
+    Args:
+        joint: The log joint density.
+        z: The point.
+    """
+    if len(z) > MAX_FULL_DIM:
+        try:
+            return diagonal_precision(joint, z, torch.Generator().manual_seed(0)).rsqrt()
+        except (ValueError, RuntimeError):
+            return None
+    for hessian in _hessians(joint, z):
+        if bool(hessian.isfinite().all()):
+            try:
+                return laplace_scale(hessian)
+            except (ValueError, RuntimeError):
+                continue
+    return None
+
+
+def _hessians(joint: LogDensity, z: Tensor) -> Iterator[Tensor]:
+    with contextlib.suppress(RuntimeError):  # an operation without a second derivative
+        yield joint.hessian(z)
+    yield difference_hessian(joint, z)
+
+
+def difference_hessian(joint: LogDensity, z: Tensor) -> Tensor:
+    r"""The Hessian at one point from central differences of gradients, ``(D, D)``.
+
+    .. math:: H_{\cdot d} = \frac{g(z + h_d e_d) - g(z - h_d e_d)}{2 h_d}
+
+    Each step :math:`h_d` becomes a quarter of :math:`|H_{dd}|^{-1/2}`, the scale of its coordinate.
+
+    Args:
+        joint: The log joint density.
+        z: The point ``(D,)``.
+    """
+    dim = len(z)
+    h = 1e-2 * torch.ones_like(z)
+    for _ in range(12):
+        steps = h.diag_embed()
+        _, grad = joint.value_and_grad(torch.cat([z + steps, z - steps]))
+        hessian = (grad[:dim] - grad[dim:]) / (2 * h).unsqueeze(-1)
+        wanted = _DIFFERENCE * hessian.diagonal().abs().clamp_min(1e-12).rsqrt()
+        wanted = wanted.clamp(1e-6, 10.0)
+        if bool(((h <= 2 * wanted) & (h >= 0.25 * wanted)).all()):
+            break
+        h = torch.minimum(torch.maximum(wanted, 0.1 * h), 10 * h)
+    return 0.5 * (hessian + hessian.mT)
+
+
 def gaussian_elbos(
-    joint: LogJoint | Metered, candidates: list[tuple[Tensor, Tensor]], eps: Tensor
+    joint: LogDensity, candidates: list[tuple[Tensor, Tensor]], eps: Tensor
 ) -> Tensor:
     """ELBO (C,) of each Gaussian (loc, scale), all with the same normal draws eps (S, D).
 
@@ -91,3 +161,42 @@ def gaussian_elbos(
     # A Gaussian half of whose draws have no density is no start, yet a few failures are no ruin.
     elbo = torch.where(failed, 0.0, log_p - log_q).sum(-1) / (~failed).sum(-1).clamp_min(1)
     return torch.where(failed.to(elbo).mean(-1) < 0.25, elbo, -torch.inf)
+
+
+@dataclass(frozen=True)
+class StudentT:
+    """A multivariate Student-t with 5 degrees of freedom.
+
+    Attributes:
+        loc: m, ``(D,)``.
+        scale: L, lower triangular ``(D, D)``, or its diagonal ``(D,)`` in high dimensions.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    @property
+    def log_det(self) -> Tensor:
+        """log det L, ``()``."""
+        diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
+        return diagonal.abs().log().sum()
+
+    def distance(self, z: Tensor) -> Tensor:
+        r"""Squared Mahalanobis distance :math:`|L^{-1}(z - m)|^2` of ``z (S, D)``, ``(S,)``."""
+        centred = z - self.loc
+        if self.scale.dim() == 1:
+            return (centred / self.scale).square().sum(-1)
+        white = torch.linalg.solve_triangular(self.scale, centred.mT, upper=False)
+        return white.square().sum(0)
+
+    def sample(self, count: int) -> Tensor:
+        """Draws, ``(count, D)``."""
+        chi2 = torch.distributions.Chi2(torch.full((count, 1), _DEGREES)).sample()
+        eps = (torch.randn(count, len(self.loc)) * (_DEGREES / chi2).sqrt()).to(self.loc)
+        return self.loc + (self.scale * eps if self.scale.dim() == 1 else eps @ self.scale.mT)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log density at ``z (S, D)``, ``(S,)``."""
+        nu, dim = _DEGREES, len(self.loc)
+        norm = math.lgamma((nu + dim) / 2) - math.lgamma(nu / 2) - dim / 2 * math.log(nu * math.pi)
+        return norm - self.log_det - (nu + dim) / 2 * (self.distance(z) / nu).log1p()

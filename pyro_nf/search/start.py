@@ -19,28 +19,26 @@ from pyro_nf._checks import (
     check_seed,
     check_tensor,
 )
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 from pyro_nf.model.metered import Metered
-from pyro_nf.search.climbs import BatchedLBFGS, mean_field_climb, newton_climb
+from pyro_nf.search.ascent import BatchedLBFGS, mean_field_ascent, newton_ascent
 from pyro_nf.search.gaussians import (
-    COUNT_PROBES,
     MAX_FULL_DIM,
     MAX_SCALES,
+    NUM_PROBES,
     diagonal_precision,
     gaussian_elbos,
     laplace_scale,
     sample_gaussian,
 )
-from pyro_nf.train.budget import Budget, Clock, OutOfTime
+from pyro_nf.search.points import random_starts
+from pyro_nf.train.budget import Clock, OutOfTime
 
-# Scales of the random starts around the initial point, in unconstrained units.
-_SPREADS = (0.3, 1.0, 3.0)
 # Scale of the Gaussian around a point whose curvature is not known.
 _NARROW = 0.1
-# Shares of the time that draws of the prior, the density of all random points, the climbs, the
-# curvature, the first ELBOs and the climbs of Gaussians may take.
-_PRIOR_SHARE, _POINTS_SHARE, _CLIMB_SHARE = 0.1, 0.2, 0.5
-_CURVATURE_SHARE, _ELBO_SHARE, _REFINE_SHARE = 0.3, 0.3, 0.5
+# Shares of the time that the ascent, the curvature, the first ELBOs and the ascent of Gaussians may
+# take.
+_ASCENT_SHARE, _CURVATURE_SHARE, _ELBO_SHARE, _REFINE_SHARE = 0.5, 0.3, 0.3, 0.5
 # As many points climb, and as many draws climb with a Gaussian, as leave time for so many steps.
 _LEAST_STEPS = 20
 
@@ -73,57 +71,8 @@ class Start:
         return sample_gaussian(self.loc, self.scale, eps)
 
 
-def random_starts(
-    joint: LogJoint | Metered,
-    init: Tensor,
-    count: int,
-    generator: torch.Generator,
-    max_seconds: float | None = 0.2,
-    clock: Clock = time.perf_counter,
-) -> tuple[Tensor, Tensor]:
-    """Points from the prior, around the initial point and around 0, with their log density.
-
-    Args:
-        joint: the log joint; one that is metered has its own time, of which a part is taken.
-        init: (D,).
-        count: how many; fewer if there is no time for all.
-        generator: of the random numbers.
-        max_seconds: for the draws of the prior, each of which is a run of the model.
-        clock: what the seconds are counted with.
-
-    Returns:
-        z (count, D) and log p (count,).
-
-    Raises:
-        OutOfTime: if there is not even time for the density of a few points.
-    """
-    noise = torch.randn(count, len(init), generator=generator, dtype=init.dtype).to(init.device)
-    index = torch.arange(count, device=init.device)
-    width = init.new_tensor(_SPREADS)[index % len(_SPREADS)].unsqueeze(-1)
-    around_init = (index // len(_SPREADS) % 2 == 0).unsqueeze(-1)
-    z = torch.where(around_init, init, 0.0) + width * noise
-    if isinstance(joint, Metered):
-        count = joint.afford("value", count, _POINTS_SHARE)
-        prior = joint.part(_PRIOR_SHARE)
-    else:
-        prior = Metered(joint, Budget(max_seconds=max_seconds, clock=clock))
-    z, noise = z[:count], noise[:count]
-    with suppress(OutOfTime):
-        for i in range(0, count, 2):
-            try:
-                draw = prior.prior_draw(int(torch.randint(2**31, (), generator=generator)))
-            except (ValueError, RuntimeError):
-                continue  # a draw of the prior with which the model cannot run
-            # Heavy-tailed priors draw points where nothing is finite; flat ones draw nothing.
-            draw = torch.where(draw == 0, noise[i], draw)
-            z[i] = draw.nan_to_num(0.0).clamp(-1e6, 1e6)
-    with torch.no_grad():
-        log_prob = joint.log_prob(z)
-    return z, log_prob
-
-
 def laplace_start(
-    joint: LogJoint | Metered,
+    joint: LogDensity,
     init: Tensor | None = None,
     *,
     count_starts: int = 512,
@@ -141,9 +90,9 @@ def laplace_start(
     From the initial point and some of many random points, most of them the best, L-BFGS climbs in
     one batch, of which every ten steps the better half goes on. Laplace's approximation
     :math:`N(z, |-\nabla^2 \log p(z)|^{-1})` is a candidate at the best distinct maxima and at
-    earlier points of the climbs. The best of them climb on by their ELBO (:func:`mean_field_climb`,
-    :func:`newton_climb`). The one with the best *ELBO* wins, never the best density: a funnel has
-    its greatest density where its scale is 0.
+    earlier points of the climbs. The best of them climb on by their ELBO
+    (:func:`mean_field_ascent`, :func:`newton_ascent`). The one with the best *ELBO* wins, never the
+    best density: a funnel has its greatest density where its scale is 0.
 
     Args:
         joint: the log joint; one that is metered has its own time, and ``max_seconds`` and
@@ -164,6 +113,7 @@ def laplace_start(
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_nf.model.joint import LogJoint
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(torch.tensor([500.0, -300.0]), 2.0).to_event(1))
         >>> start = laplace_start(LogJoint(model), max_seconds=None)
@@ -268,12 +218,12 @@ class StartSearch:
         # The better half by density; the others are any, lest all stand near one maximum.
         ranked = log_prob.argsort(descending=True)
         ranked = ranked[: int(torch.isfinite(log_prob).sum().clamp_min(1))]
-        share = _CLIMB_SHARE / _LEAST_STEPS
+        share = _ASCENT_SHARE / _LEAST_STEPS
         count_climbers = self.joint.afford("gradient", count_climbers, share)
         half = min(count_climbers // 2, len(ranked))
         rest = ranked[half:][torch.randperm(len(ranked) - half, generator=self.generator)]
         best = torch.cat([ranked[:half], rest])[: count_climbers - 1]
-        joint = self.joint.part(_CLIMB_SHARE)
+        joint = self.joint.part(_ASCENT_SHARE)
         return BatchedLBFGS(joint.value_and_grad, torch.cat([self.init.unsqueeze(0), z[best]]))
 
     def _points(self, climb: BatchedLBFGS, max_steps: int) -> list[tuple[Tensor, bool]]:
@@ -347,7 +297,7 @@ def _scales(joint: Metered, point: Tensor, probes: torch.Generator) -> list[Tens
     try:
         if len(point) > MAX_FULL_DIM:
             precision = joint.spend(
-                "hessian", COUNT_PROBES, lambda: diagonal_precision(joint.joint, point, probes)
+                "hessian", NUM_PROBES, lambda: diagonal_precision(joint.joint, point, probes)
             )
             scales = [precision.clamp_min(s**-2) ** -0.5 for s in MAX_SCALES]
         else:
@@ -361,10 +311,10 @@ def _scales(joint: Metered, point: Tensor, probes: torch.Generator) -> list[Tens
 def _refined(joint: Metered, c: _Candidate, eps: Tensor) -> list[_Candidate]:
     """Gaussians that climbed on by their ELBO, from this one and from its diagonal."""
     spread = c.scale if c.scale.dim() == 1 else c.scale.norm(dim=-1)
-    diagonal = mean_field_climb(joint, c.loc, spread, eps)
+    diagonal = mean_field_ascent(joint, c.loc, spread, eps)
     if len(c.loc) > MAX_FULL_DIM:
         return [_Candidate(*diagonal)]
-    full = [newton_climb(joint, m, s, eps) for m, s in [(c.loc, c.scale), diagonal]]
+    full = [newton_ascent(joint, m, s, eps) for m, s in [(c.loc, c.scale), diagonal]]
     return [_Candidate(*gaussian) for gaussian in [*full, diagonal]]
 
 

@@ -21,15 +21,18 @@ from pyro_nf.sites.layout import LatentSite
 from pyro_nf.sites.supports import bijection, is_identity
 from pyro_nf.train.modes import exclusive, full_precision
 
+#: What a factorisation raises that fails.
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-class TraceTimeout(Exception):
+
+class RecordingTimeout(Exception):
     """A recording took longer than it may."""
 
 
 class SafeLinalg(TorchFunctionMode):
     """Gives NaN where a factorisation fails, instead of an error for the whole batch.
 
-    It also ends a trace that passes its deadline.
+    It also ends a recording that passes its deadline.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class SafeLinalg(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.deadline is not None and self.clock() > self.deadline:
-            raise TraceTimeout
+            raise RecordingTimeout
         kwargs = kwargs or {}
         safe = _SAFE.get(func)
         if safe is None or kwargs.get("out") is not None:
@@ -69,7 +72,7 @@ class Substitute(Messenger):
     Args:
         sites: where each latent lies in z.
         z: coordinates (D,) or (S, D).
-        max_batch_ndim: how many batch dimensions the model has.
+        max_plate_nesting: how many batch dimensions the model has, plates or not.
         dynamic: whether supports depend on latents.
         centring: what places the coordinates of some sites by their priors.
         uncentre: whether z is plain, and the centred coordinates are looked for.
@@ -88,7 +91,7 @@ class Substitute(Messenger):
         self,
         sites: Mapping[str, LatentSite],
         z: Tensor,
-        max_batch_ndim: int,
+        max_plate_nesting: int,
         dynamic: bool,
         centring: Mapping[str, SiteCentring] | None = None,
         uncentre: bool = False,
@@ -98,7 +101,7 @@ class Substitute(Messenger):
         super().__init__()
         self.sites = sites
         self.z = z
-        self.max_batch_ndim = max_batch_ndim
+        self.max_plate_nesting = max_plate_nesting
         self.dynamic = dynamic
         self.centring = centring or {}
         self.uncentre = uncentre
@@ -129,7 +132,7 @@ class Substitute(Messenger):
                 f"must have the same latent sites."
             )
         batched = self.z.dim() > 1
-        u = site.cut(self.z, self.max_batch_ndim - site.batch_ndim if batched else 0)
+        u = site.cut(self.z, self.max_plate_nesting - site.batch_ndim if batched else 0)
         u = self._centred(site, fn, u)
         transform = bijection(name, fn) if self.dynamic else site.transform
         value = transform(u)
@@ -171,8 +174,8 @@ class Substitute(Messenger):
     def _summed(self, term: Tensor) -> Tensor:
         """A term summed over all that is not a particle: shape () or (S,)."""
         self.batch_ndims.append(term.dim())
-        if self.z.dim() > 1 and term.dim() > self.max_batch_ndim:
-            if term.dim() > self.max_batch_ndim + 1 or term.shape[0] not in (1, len(self.z)):
+        if self.z.dim() > 1 and term.dim() > self.max_plate_nesting:
+            if term.dim() > self.max_plate_nesting + 1 or term.shape[0] not in (1, len(self.z)):
                 raise RuntimeError(
                     f"its log density has shape {tuple(term.shape)} for {len(self.z)} particles"
                 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf._checks import check_event, check_kind, check_rows, check_work
+from pyro_nf.flows.em import expectation_maximisation
 from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
 from pyro_nf.ops.devices import in_double
 from pyro_nf.train.budget import Budget
@@ -141,43 +142,33 @@ def _em(
     while len(runs) < (COUNT_KMEANS if k > 1 else 1) and not budget.is_spent():
         runs.append(_k_means(x, k, generator, budget))
     nearest, _ = min(runs, key=itemgetter(1))
-    responsibility = torch.nn.functional.one_hot(nearest).to(x)
-    last = -math.inf
-    used = 0
-    while used < iterations:
-        used += 1
-        log_weights, means, factors = _maximise(x, products, responsibility)
-        log_dets = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        narrow = GaussianMixtureDistribution(log_weights, means, factors, log_dets)
-        joint = narrow.joint_log_prob(x)
-        total = torch.cat((joint, background), -1).logsumexp(-1, keepdim=True)
-        value = total.mean().item()
-        if value < last + PATIENCE_GAIN or budget.is_spent():
-            break
-        last = value
-        responsibility = (joint - total).exp()
-    mixture = GaussianMixture.from_moments(
-        torch.cat((log_weights, wide.log_weights)),
-        torch.cat((means, wide.means)),
-        torch.cat((factors, wide.factors)),
+    fit = expectation_maximisation(
+        x,
+        torch.nn.functional.one_hot(nearest).to(x),
+        _roots,
+        max_steps=iterations,
+        least_gain=PATIENCE_GAIN,
+        background=background,
+        products=products,
+        is_spent=budget.is_spent,
     )
-    return mixture, used
+    narrow = fit.mixture
+    mixture = GaussianMixture.from_moments(
+        torch.cat((narrow.log_weights, wide.log_weights)),
+        torch.cat((narrow.means, wide.means)),
+        torch.cat((narrow.factors, wide.factors)),
+    )
+    return mixture, fit.num_steps
 
 
-def _maximise(x: Tensor, products: Tensor, responsibility: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The M step: log weights, means and the factors U of the precisions."""
-    d = x.shape[1]
-    n = responsibility.sum(0).clamp_min(1e-9)
-    means = responsibility.mT @ x / n[:, None]
-    second = (responsibility.mT @ products).unflatten(-1, (d, d)) / n[:, None, None]
-    eye = torch.eye(d).to(x)
-    covariance = second - means.unsqueeze(-1) * means.unsqueeze(-2) + VARIANCE_FLOOR * eye
-    factor, failed = torch.linalg.cholesky_ex(covariance)
+def _roots(covariances: Tensor, n: Tensor) -> Tensor:
+    """Lower roots of covariances ``(K, D, D)``, to whose variances a little is added."""
+    floor = VARIANCE_FLOOR * torch.eye(covariances.shape[-1]).to(covariances)
+    covariances = covariances + floor
+    factor, failed = torch.linalg.cholesky_ex(covariances)
     # rounding can make a covariance of very few rows indefinite: then only its diagonal counts
-    spread = (covariance.diagonal(dim1=-2, dim2=-1).clamp_min(VARIANCE_FLOOR)).sqrt().diag_embed()
-    factor = torch.where((failed > 0)[:, None, None], spread, factor)
-    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    return (n / n.sum()).log(), means, inverse.mT
+    variances = covariances.diagonal(dim1=-2, dim2=-1).clamp_min(VARIANCE_FLOOR)
+    return torch.where((failed > 0)[:, None, None], variances.sqrt().diag_embed(), factor)
 
 
 def _k_means(

@@ -26,12 +26,27 @@ def shrunk_covariance(y: Tensor) -> Tensor:
     With few rows for many columns the sample covariance :math:`S` is singular or nearly so; the
     weight of the diagonal then keeps the whitening bounded.
     """
-    n, d = y.shape
+    n = len(y)
     centred = y - y.mean(0)
     s = centred.mT @ centred / max(n - 1, 1)
-    diagonal = s.diagonal().clamp_min(_MIN_SD**2).diag_embed()
+    return shrunk_towards(s, s.diagonal().clamp_min(_MIN_SD**2).diag_embed(), n)
+
+
+def shrunk_towards(covariance: Tensor, target: Tensor, n: int | Tensor) -> Tensor:
+    r"""A covariance ``(..., D, D)`` of n rows between itself and a target.
+
+    .. math:: (1 - \lambda) S + \lambda T, \qquad \lambda = \frac{D}{D + n}
+
+    Args:
+        covariance: S.
+        target: T, of which fewer rows know more.
+        n: How many rows; a tensor ``(...)`` for each covariance its own.
+    """
+    d = covariance.shape[-1]
     weight = d / (d + n)
-    return (1 - weight) * s + weight * diagonal
+    if isinstance(weight, Tensor):
+        weight = weight[..., None, None]
+    return (1 - weight) * covariance + weight * target
 
 
 class LULinear(FlowTransform):

@@ -35,8 +35,8 @@ from pyro_nf.model.joint import LogJoint
 from pyro_nf.model.metered import Metered
 from pyro_nf.posterior.posterior import Posterior
 from pyro_nf.search.gaussians import hessian_rows
+from pyro_nf.search.mixtures import PieceSearch
 from pyro_nf.search.start import Start, StartSearch
-from pyro_nf.search.tempering import PieceSearch
 from pyro_nf.sites.latents import Model
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
 from pyro_nf.train.checkpoint import load_fit
@@ -162,7 +162,7 @@ def fit_svi(
     The model is run once for all particles of a step (:class:`~pyro_nf.model.joint.LogJoint`). The
     fit starts from a Gaussian found by many climbs and the curvature along them
     (:func:`~pyro_nf.search.start.laplace_start`), or from a mixture if the posterior is in separate
-    pieces (:func:`~pyro_nf.search.tempering.separated_mixture`), learns its affine part first and
+    pieces (:func:`~pyro_nf.search.mixtures.separated_mixture`), learns its affine part first and
     then everything (:func:`~pyro_nf.vi.recipe.posterior_stages`), with the
     sticking-the-landing gradient. Sites whose prior's location or scale is latent too are placed by
     that prior (:class:`~pyro_nf.guides.recentre.Recentre`) if the start is the better for it, so

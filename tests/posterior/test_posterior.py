@@ -32,7 +32,7 @@ from pyro_nf import AutoFlow, Posterior, fit_svi, flows
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.posterior.summary import summarize
 from pyro_nf.posterior.weights import smooth
-from pyro_nf.search.maxima import prior_draws
+from pyro_nf.search.points import prior_draws
 from tests.reference_models import flat_regression
 
 F64 = torch.float64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.posterior.probe import WIDE, Probe, _log_ps, _wide, probe
-from pyro_nf.search.maxima import Effort
+from pyro_nf.search.effort import Effort
 from pyro_nf.train.budget import Budget
 
 F64 = torch.float64

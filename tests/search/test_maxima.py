@@ -10,15 +10,10 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.search.maxima import (
-    Effort,
-    StudentT,
-    curvature_scale,
-    difference_hessian,
-    find_maxima,
-    nominal_cost,
-    prior_draws,
-)
+from pyro_nf.search.effort import Effort, nominal_cost
+from pyro_nf.search.gaussians import StudentT, curvature_scale, difference_hessian
+from pyro_nf.search.maxima import find_maxima
+from pyro_nf.search.points import prior_draws
 from pyro_nf.train.budget import Budget
 
 F64 = torch.float64

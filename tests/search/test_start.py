@@ -11,17 +11,17 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.guides.layers import affine_base
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.search.climbs import BatchedLBFGS
+from pyro_nf.search.ascent import BatchedLBFGS
 from pyro_nf.search.gaussians import laplace_scale
-from pyro_nf.search.start import Start, laplace_start
-from pyro_nf.search.tempering import (
+from pyro_nf.search.mixtures import (
     fit_mixture,
     mixture_draws,
     mixture_elbo,
     mixture_of,
     separated_mixture,
-    tempered_cloud,
 )
+from pyro_nf.search.start import Start, laplace_start
+from pyro_nf.search.tempering import tempered_smc
 from tests import reference_models as targets
 
 F64 = torch.float64
@@ -112,11 +112,11 @@ def test_failing_regions_are_survived():
 def test_cloud_finds_the_masses_of_the_modes(dim):
     target = targets.two_modes(dim, dtype=F64)
     joint = LogJoint(target.model)
-    cloud = tempered_cloud(
+    cloud = tempered_smc(
         joint,
         torch.zeros(dim, dtype=F64),
         5 * torch.eye(dim, dtype=F64),
-        count=2000,
+        num_particles=2000,
         max_seconds=60,
     )
     assert cloud.is_complete

@@ -13,8 +13,9 @@ import torch
 from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.model.metered import Metered, Rows
+from pyro_nf.search.mixtures import separated_mixture
 from pyro_nf.search.start import Start, laplace_start
-from pyro_nf.search.tempering import separated_mixture, tempered_cloud
+from pyro_nf.search.tempering import tempered_smc
 from pyro_nf.train.budget import Budget, OutOfTime
 from pyro_nf.vi.fit import SVIFit
 from pyro_nf.vi.recipe import choose_particles
@@ -146,9 +147,7 @@ def test_8_searches_keep_within_their_seconds(kind, seconds) -> None:
     searches = [
         lambda: laplace_start(joint, max_seconds=seconds, clock=model.clock),
         lambda: separated_mixture(joint, start, max_seconds=seconds, clock=model.clock),
-        lambda: tempered_cloud(
-            joint, start.loc, start.scale, max_seconds=seconds, clock=model.clock
-        ),
+        lambda: tempered_smc(joint, start.loc, start.scale, max_seconds=seconds, clock=model.clock),
         lambda: choose_particles(Metered.of(joint, seconds, model.clock), seconds),
     ]
     for search in searches:

@@ -11,7 +11,7 @@ import torch
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.recipes import iaf, maf, planar, realnvp
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.search.tempering import mixture_draws, mixture_of
+from pyro_nf.search.mixtures import mixture_draws, mixture_of
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.base import Chain
 from pyro_nf.vi.objectives import (

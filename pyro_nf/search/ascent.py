@@ -1,4 +1,4 @@
-"""Climbs: of many points at once up the density, and of a Gaussian up its ELBO."""
+"""Ascent: of many points at once up the density, and of a Gaussian up its ELBO."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from pyro_nf.model.joint import LinAlgError, LogJoint
-from pyro_nf.model.metered import Metered
+from pyro_nf.model.density import LogDensity
 from pyro_nf.ops.devices import in_double
 from pyro_nf.search.gaussians import gaussian_elbos, laplace_scale, sample_gaussian
+from pyro_nf.sites.substitute import LinAlgError
 from pyro_nf.train.budget import OutOfTime
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -135,8 +135,8 @@ class BatchedLBFGS:
         self._alpha = torch.where(moved, 1.0, 0.4 * self._alpha)
 
 
-def mean_field_climb(
-    joint: LogJoint | Metered,
+def mean_field_ascent(
+    joint: LogDensity,
     loc: Tensor,
     scale: Tensor,
     eps: Tensor,
@@ -185,8 +185,8 @@ def mean_field_climb(
     return climb.z[0, :dim].clone(), climb.z[0, dim:].exp()
 
 
-def newton_climb(
-    joint: LogJoint | Metered,
+def newton_ascent(
+    joint: LogDensity,
     loc: Tensor,
     scale: Tensor,
     eps: Tensor,
@@ -220,7 +220,7 @@ def newton_climb(
 
 
 def _newton_steps(
-    joint: LogJoint | Metered, loc: Tensor, L: Tensor, eps: Tensor, max_steps: int
+    joint: LogDensity, loc: Tensor, L: Tensor, eps: Tensor, max_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Ever better Gaussians (m, L)."""
     rho, small = 1.0, 0
