@@ -32,7 +32,7 @@ from pyro_nf.vi.fit import SVIFit
 FACES = (nf, univariate, conditioners, transforms, flows, train, testing, plots, infer)
 
 # What nobody calls with arguments of their own.
-RECORDS = {"DensityFit", "History", "Posterior", "SVIFit", "Weights", "infer.Start"}
+RECORDS = {"DensityFit", "History", "Posterior", "SVIFit", "Weights", "GaussianStart"}
 CONTRACTS = {"Base", "Fixed", "FlowTransform", "UnivariateMap"}
 LAWS = {law.__name__ for law in (*testing.TRANSFORM_LAWS, *testing.FLOW_LAWS)}
 # The library's own parts call these in every step, with what they made themselves.
@@ -1017,7 +1017,7 @@ def _inference() -> dict[str, Door]:
         "affine_base": Door(
             i.affine_base, lambda: {"start": start(), "rank": 2}, {"start": OBJECT, "rank": COUNT}
         ),
-        "infer.Start.sample": Door(start().sample, lambda: {"eps": rows(3, 1)}, {"eps": DATA}),
+        "GaussianStart.sample": Door(start().sample, lambda: {"eps": rows(3, 1)}, {"eps": DATA}),
         "laplace_start": Door(
             i.laplace_start,
             lambda: {

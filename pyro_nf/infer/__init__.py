@@ -6,7 +6,7 @@ from pyro_nf.guides.recentre import Recentre
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.posterior.posterior import Posterior
 from pyro_nf.posterior.weights import Weights, smooth
-from pyro_nf.search.start import Start, laplace_start
+from pyro_nf.search.start import GaussianStart, Start, laplace_start
 from pyro_nf.vi.fit import SVIFit, fit_svi
 from pyro_nf.vi.objectives import (
     ELBO,
@@ -21,6 +21,7 @@ __all__ = [
     "AutoFlow",
     "ELBO",
     "ForwardKL",
+    "GaussianStart",
     "ImportanceWeightedELBO",
     "LogJoint",
     "Posterior",

@@ -131,12 +131,12 @@ def probe(
     effort = effort or Effort.for_joint(joint)
     z, least = z.detach(), log_evidence - _NEGLIGIBLE
     with recording("probe"), own_randomness(seed), torch.no_grad():
-        prior = prior_draws(joint, effort.count_starts // 2, budget)
+        prior = prior_draws(joint, effort.num_starts // 2, budget)
         reference = prior_reference(joint, prior)
         wide = [*_wide(z), reference]
-        points = starts(joint, prior, reference, z, effort.count_starts)
+        points = starts(joint, prior, reference, z, effort.num_starts)
         try:
-            points = torch.cat([points, _hunted(joint, q, wide, effort.count_points, budget)])
+            points = torch.cat([points, _hunted(joint, q, wide, effort.num_points, budget)])
         except (NotImplementedError, ValueError, RuntimeError, KeyError):
             # Some guides know the density of their own draws only.
             maxima = find_maxima(joint, points, effort, least_mass=least, budget=budget)
@@ -150,7 +150,7 @@ def probe(
             )
         else:
             maxima = find_maxima(joint, points, effort, least_mass=least, budget=budget)
-            found = _compared(joint, q, z, wide, maxima, effort.count_points, budget)
+            found = _compared(joint, q, z, wide, maxima, effort.num_points, budget)
         return replace(found, count_starts=len(points), count_prior=len(prior))
 
 

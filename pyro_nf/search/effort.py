@@ -72,14 +72,14 @@ class Effort:
     """How far is looked.
 
     Attributes:
-        count_starts: Points that climb.
+        num_starts: Points that climb.
         max_steps: Steps that each of them may make.
-        count_points: Points at which guide and posterior are compared.
+        num_points: Points at which guide and posterior are compared.
     """
 
-    count_starts: int
+    num_starts: int
     max_steps: int = _STEPS
-    count_points: int = 4096
+    num_points: int = 4096
 
     @classmethod
     def for_joint(cls, joint: LogDensity) -> Effort:

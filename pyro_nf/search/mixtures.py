@@ -15,7 +15,7 @@ from pyro_nf.model.density import LogDensity
 from pyro_nf.model.metered import Metered
 from pyro_nf.ops.devices import in_double
 from pyro_nf.search.gaussians import mean_and_root
-from pyro_nf.search.start import Start
+from pyro_nf.search.start import GaussianStart
 from pyro_nf.search.tempering import Particles, tempered_smc
 from pyro_nf.sites.substitute import LinAlgError
 from pyro_nf.train.budget import Budget, Clock, OutOfTime
@@ -106,7 +106,7 @@ def mixture_of(log_weights: Tensor, means: Tensor, roots: Tensor) -> GaussianMix
     return GaussianMixture.from_moments(log_weights, means, factors)
 
 
-def whitened(mixture: GaussianMixture) -> tuple[Start, GaussianMixture]:
+def whitened(mixture: GaussianMixture) -> tuple[GaussianStart, GaussianMixture]:
     """The coordinates in which all of a mixture has mean 0 and covariance 1, and it in them.
 
     Args:
@@ -122,7 +122,7 @@ def whitened(mixture: GaussianMixture) -> tuple[Start, GaussianMixture]:
         scale = torch.linalg.cholesky(in_double(cov)).to(loc)
         white = torch.linalg.solve_triangular(scale.mT, centred, upper=True, left=False)
         white_roots = torch.linalg.solve_triangular(scale, roots, upper=False)
-        return Start(loc, scale, math.nan), mixture_of(mixture.logits, white, white_roots)
+        return GaussianStart(loc, scale, math.nan), mixture_of(mixture.logits, white, white_roots)
 
 
 def mixture_draws(base: GaussianMixture, count: int) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def mixture_elbo(
 
 def separated_mixture(
     joint: LogDensity,
-    start: Start,
+    start: GaussianStart,
     *,
     max_seconds: float | None = 1.0,
     seed: int = 0,
@@ -197,7 +197,7 @@ class PieceSearch:
         best: the best mixture so far, or None.
     """
 
-    def __init__(self, joint: Metered, start: Start, seed: int) -> None:
+    def __init__(self, joint: Metered, start: GaussianStart, seed: int) -> None:
         self.joint, self.start, self.seed = joint, start, seed
         self.best: GaussianMixture | None = None
 

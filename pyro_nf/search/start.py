@@ -44,7 +44,7 @@ _LEAST_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Start:
+class GaussianStart:
     r"""A Gaussian :math:`N(m_0, L_0 L_0^\top)` in unconstrained coordinates.
 
     Attributes:
@@ -58,7 +58,7 @@ class Start:
     loc: Tensor
     scale: Tensor
     elbo: float
-    modes: tuple[Start, ...] = field(default=(), repr=False)
+    modes: tuple[GaussianStart, ...] = field(default=(), repr=False)
 
     @property
     def scale_tril(self) -> Tensor:
@@ -67,7 +67,7 @@ class Start:
 
     def sample(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """z (..., D) = m_0 + L_0 eps and log q(z) (...,)."""
-        check_event("Start", "eps", eps, len(self.loc), 1)
+        check_event("GaussianStart", "eps", eps, len(self.loc), 1)
         return sample_gaussian(self.loc, self.scale, eps)
 
 
@@ -84,7 +84,7 @@ def laplace_start(
     max_seconds: float | None = 2.0,
     seed: int = 0,
     clock: Clock = time.perf_counter,
-) -> Start:
+) -> GaussianStart:
     r"""A Gaussian with a good ELBO, from many climbs and the curvature along them.
 
     From the initial point and some of many random points, most of them the best, L-BFGS climbs in
@@ -134,12 +134,16 @@ def laplace_start(
     search = StartSearch(
         Metered.of(joint, max_seconds, clock),
         joint.init_loc if init is None else init,
-        count_modes=count_modes,
-        count_draws=count_draws,
+        num_modes=count_modes,
+        num_draws=count_draws,
         seed=seed,
     )
     search.run(count_starts, count_climbers, count_refine, max_steps)
     return search.best()
+
+
+#: The old name.
+Start = GaussianStart
 
 
 @dataclass
@@ -158,8 +162,8 @@ class StartSearch:
     Args:
         joint: the log joint, with the time that the search may take.
         init: first point (D,).
-        count_modes: distinct maxima that become candidates.
-        count_draws: draws of an ELBO.
+        num_modes: distinct maxima that become candidates.
+        num_draws: draws of an ELBO.
         seed: of the random numbers.
     """
 
@@ -168,20 +172,20 @@ class StartSearch:
         joint: Metered,
         init: Tensor,
         *,
-        count_modes: int = 4,
-        count_draws: int = 256,
+        num_modes: int = 4,
+        num_draws: int = 256,
         seed: int = 0,
     ) -> None:
         self.joint, self.init = joint, init
-        self.count_modes, self.count_draws, self.seed = count_modes, count_draws, seed
+        self.num_modes, self.num_draws, self.seed = num_modes, num_draws, seed
         self.generator = torch.Generator().manual_seed(seed)
         self.candidates = [_Candidate(init, torch.full_like(init, _NARROW))]
         self.winner = self.candidates[0]
 
-    def best(self) -> Start:
+    def best(self) -> GaussianStart:
         """The best Gaussian so far and, in `modes`, those of the other maxima."""
         others = [
-            Start(c.loc, c.scale, c.elbo)
+            GaussianStart(c.loc, c.scale, c.elbo)
             for c in self.candidates
             if c.is_maximum and c is not self.winner and math.isfinite(c.elbo)
         ]
@@ -189,40 +193,40 @@ class StartSearch:
         loc, scale = self.winner.loc, self.winner.scale
         if scale.dim() == 1 and len(loc) <= MAX_FULL_DIM:
             scale = scale.diag_embed()  # one form for one size
-        return Start(loc, scale, self.winner.elbo, tuple(others))
+        return GaussianStart(loc, scale, self.winner.elbo, tuple(others))
 
     def run(
         self,
-        count_starts: int = 512,
-        count_climbers: int = 64,
-        count_refine: int = 2,
+        num_starts: int = 512,
+        num_climbers: int = 64,
+        num_refine: int = 2,
         max_steps: int = 200,
     ) -> None:
         """Climbs, takes the curvature, and chooses, until it is done or its time is up."""
         with suppress(OutOfTime):
-            points = self._points(self._climb(count_starts, count_climbers), max_steps)
-            shape = self.count_draws, len(self.init)
+            points = self._points(self._climb(num_starts, num_climbers), max_steps)
+            shape = self.num_draws, len(self.init)
             normals = torch.randn(shape, generator=self.generator, dtype=self.init.dtype)
             normals = normals.to(self.init.device)
             self._curve(points)
             share = _ELBO_SHARE / len(self.candidates)
-            eps = normals[: self.joint.afford("value", self.count_draws, share)]
+            eps = normals[: self.joint.afford("value", self.num_draws, share)]
             self._offer(self.candidates, eps)
-            if count_refine:
-                self._refine(count_refine, normals, eps)
+            if num_refine:
+                self._refine(num_refine, normals, eps)
             self._decide(torch.cat([eps, -eps]))
 
-    def _climb(self, count_starts: int, count_climbers: int) -> BatchedLBFGS:
+    def _climb(self, num_starts: int, num_climbers: int) -> BatchedLBFGS:
         """Many points, ready to climb; the initial point is number 0."""
-        z, log_prob = random_starts(self.joint, self.init, count_starts, self.generator)
+        z, log_prob = random_starts(self.joint, self.init, num_starts, self.generator)
         # The better half by density; the others are any, lest all stand near one maximum.
         ranked = log_prob.argsort(descending=True)
         ranked = ranked[: int(torch.isfinite(log_prob).sum().clamp_min(1))]
         share = _ASCENT_SHARE / _LEAST_STEPS
-        count_climbers = self.joint.afford("gradient", count_climbers, share)
-        half = min(count_climbers // 2, len(ranked))
+        num_climbers = self.joint.afford("gradient", num_climbers, share)
+        half = min(num_climbers // 2, len(ranked))
         rest = ranked[half:][torch.randperm(len(ranked) - half, generator=self.generator)]
-        best = torch.cat([ranked[:half], rest])[: count_climbers - 1]
+        best = torch.cat([ranked[:half], rest])[: num_climbers - 1]
         joint = self.joint.part(_ASCENT_SHARE)
         return BatchedLBFGS(joint.value_and_grad, torch.cat([self.init.unsqueeze(0), z[best]]))
 
@@ -241,9 +245,9 @@ class StartSearch:
                     break
                 if step % 10 == 0:
                     # A lower maximum may hold a part of the mass: it is noted before it is left.
-                    scouts = scouts or _distinct(climb, self.count_modes)
+                    scouts = scouts or _distinct(climb, self.num_modes)
                     climb.keep(max(len(climb.z) // 2, min(8, len(climb.z))))
-        points = [(z, True) for z in _distinct(climb, self.count_modes)]
+        points = [(z, True) for z in _distinct(climb, self.num_modes)]
         return points + [(z, False) for z in passed[::-1]] + [(z, True) for z in scouts]
 
     def _curve(self, points: list[tuple[Tensor, bool]]) -> None:
