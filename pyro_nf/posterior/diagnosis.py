@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 from pyro_nf.posterior.probe import Probe
 from pyro_nf.posterior.weights import Weights, khat_in_words
 
@@ -133,7 +133,7 @@ class Diagnosis:
         )
 
 
-def check_sites(joint: LogJoint, z: Tensor, weights: Weights) -> list[SiteCheck]:
+def check_sites(joint: LogDensity, z: Tensor, weights: Weights) -> list[SiteCheck]:
     """What the weights would change in each unconstrained coordinate, the worst first.
 
     Args:
@@ -145,7 +145,7 @@ def check_sites(joint: LogJoint, z: Tensor, weights: Weights) -> list[SiteCheck]
     mean = (w * z).sum(0)
     sd = (w * (z - mean).square()).sum(0).sqrt()
     shift, ratio = (mean - z.mean(0)) / sd, z.std(0) / sd
-    names = [label for site in joint.sites.values() for label in site.labels]
+    names = joint.labels
     checks = [SiteCheck(*row) for row in zip(names, shift.tolist(), ratio.tolist(), strict=True)]
     # Where one draw has all the weight there is no sd, and nothing is worse.
     return sorted(checks, key=lambda c: -max(_size(c.shift), _size(c.sd_ratio - 1)))

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 from pyro_nf.ops.devices import in_double
 from pyro_nf.search.effort import Effort
 from pyro_nf.search.gaussians import MAX_FULL_DIM, StudentT
@@ -90,7 +90,7 @@ class Probe:
 
 
 def probe(
-    joint: LogJoint,
+    joint: LogDensity,
     q: TorchDistribution,
     z: Tensor,
     *,
@@ -154,7 +154,7 @@ def probe(
         return replace(found, count_starts=len(points), count_prior=len(prior))
 
 
-def _log_ps(joint: LogJoint, z: Tensor, budget: Budget) -> Tensor:
+def _log_ps(joint: LogDensity, z: Tensor, budget: Budget) -> Tensor:
     """The log joint density of as many of the points ``(S, D)`` as the seconds allow."""
     if budget.max_seconds is None:
         return joint.log_prob(z)
@@ -167,7 +167,7 @@ def _log_ps(joint: LogJoint, z: Tensor, budget: Budget) -> Tensor:
 
 
 def _hunted(
-    joint: LogJoint, q: TorchDistribution, wide: list[StudentT], count: int, budget: Budget
+    joint: LogDensity, q: TorchDistribution, wide: list[StudentT], count: int, budget: Budget
 ) -> Tensor:
     """Those of many wide draws at which the posterior exceeds the guide most."""
     seen = torch.cat([t.sample(count // len(wide)) for t in wide])
@@ -179,7 +179,7 @@ def _hunted(
 
 
 def _compared(
-    joint: LogJoint,
+    joint: LogDensity,
     q: TorchDistribution,
     z: Tensor,
     wide: list[StudentT],

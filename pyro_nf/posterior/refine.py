@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pyro_nf._checks import check_count
 from pyro_nf.flows.distribution import FlowDistribution
-from pyro_nf.model.joint import LogJoint
+from pyro_nf.model.density import LogDensity
 
 # The acceptance rate at which MALA is most efficient (Roberts and Rosenthal, 1998), and the rate at
 # which its log step size follows it during warm-up.
@@ -42,7 +42,9 @@ class Chains:
     acceptance: float
 
 
-def pulled_back(joint: LogJoint, q: FlowDistribution) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def pulled_back(
+    joint: LogDensity, q: FlowDistribution
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     r"""The posterior in the flow's base coordinates, :math:`x \mapsto (\log \pi(x), T(x))`.
 
     Args:
@@ -58,7 +60,7 @@ def pulled_back(joint: LogJoint, q: FlowDistribution) -> Callable[[Tensor], tupl
 
 
 def neutra(
-    joint: LogJoint,
+    joint: LogDensity,
     q: FlowDistribution,
     x: Tensor,
     *,
@@ -115,7 +117,7 @@ def neutra(
 
 
 def independence(
-    joint: LogJoint,
+    joint: LogDensity,
     q: FlowDistribution,
     x: Tensor,
     *,

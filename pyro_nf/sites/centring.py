@@ -11,6 +11,7 @@ the precision h would, then given the others it is normal, with
 
 So :math:`v = (z - m) / \sqrt V` is a standard normal whatever :math:`\mu` and :math:`\sigma`. With
 h = 0 this is the non-centred parametrisation; with a large h the coordinate is z itself, centred.
+What lies between is called partially non-centred.
 
 *A General Framework for the Parametrization of Hierarchical Models* (Papaspiliopoulos, Roberts,
 Sköld, 2007); *Automatic Reparameterisation of Probabilistic Programs* (Gorinova, Moore, Hoffman,
