@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Evaluator(ABC):
 class Batched(Evaluator):
     """One run for all points, in an extra dimension to the left of all plates."""
 
-    kind = "batched"
+    kind: ClassVar[Kind] = "batched"
 
     def over(self, function: Callable[[Tensor], Result], z: Tensor) -> Result:
         return function(z)
@@ -103,7 +103,7 @@ class Batched(Evaluator):
 class Vmap(Evaluator):
     """One run under `torch.func.vmap`, for models whose operations mix batch dimensions."""
 
-    kind = "vmap"
+    kind: ClassVar[Kind] = "vmap"
 
     def over(self, function: Callable[[Tensor], Result], z: Tensor) -> Result:
         result: Result = torch.func.vmap(function, randomness="same")(z)
@@ -116,7 +116,7 @@ class RecordedVmap(Vmap):
     `vmap` cannot write a point's value into a tensor that all points share.
     """
 
-    kind = "recorded vmap"
+    kind: ClassVar[Kind] = "recorded vmap"
 
     def __init__(self, run: ModelRun, is_pure: bool = True) -> None:
         super().__init__(run, is_pure)
@@ -142,16 +142,16 @@ class RecordedVmap(Vmap):
 class Loop(Evaluator):
     """A run for each point."""
 
-    kind = "loop"
+    kind: ClassVar[Kind] = "loop"
 
     def __call__(self, z: Tensor) -> Tensor:
         return torch.stack([self.single(zi) for zi in z]) if len(z) else z.new_zeros(0)
 
     def over(self, function: Callable[[Tensor], Result], z: Tensor) -> Result:
-        results = [function(zi) for zi in z]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results)
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        results: Any = [function(zi) for zi in z]
+        is_pair = isinstance(results[0], tuple)
+        stacked: Any = tuple(map(torch.stack, zip(*results, strict=True))) if is_pair else None
+        return cast("Result", stacked if is_pair else torch.stack(results))
 
     def single(self, z: Tensor) -> Tensor:
         """log p () of one point (D,); -inf where the numbers of the model fail."""
@@ -173,7 +173,7 @@ def choose_evaluator(
         wanted: The log densities of the first of them by single runs.
         state: Of the random numbers before each single run.
     """
-    reasons = []
+    reasons = list[str]()
     for way in (Batched, Vmap, RecordedVmap):
         evaluator = way(run, is_pure)
         problem = evaluator.disagreement(z, wanted, state)

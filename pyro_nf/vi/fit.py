@@ -31,6 +31,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.guides.guide import RECENTRING, AutoFlow
 from pyro_nf.guides.recentre import Recentre
+from pyro_nf.model.density import LogDensity
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.model.metered import Metered
 from pyro_nf.posterior.posterior import Posterior
@@ -350,7 +351,7 @@ class _Beginning:
         self.compile = compile
         self.num_particles = num_particles or choose_particles(joint, None)
         self.are_particles_given = num_particles is not None
-        self.learning = joint
+        self.learning: LogDensity = joint
         self.recentring: Recentre | None = None
         self.meter = Metered(joint, budget)
         self.search: StartSearch | None = None  # in the coordinates of learning
@@ -489,7 +490,7 @@ class _Beginning:
 
     # ---- training
 
-    def _evaluated(self, grace: float = 1.0) -> LogJoint | Metered:
+    def _evaluated(self, grace: float = 1.0) -> LogDensity:
         """What steps and checks evaluate: metered if there is a clock to look at."""
         seconds = self.budget.max_seconds
         if seconds is None:
