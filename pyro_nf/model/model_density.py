@@ -39,8 +39,12 @@ class ModelDensity(LogDensity):
 
     @property
     def model(self) -> Model:
-        """The Pyro model."""
+        """The Pyro model; another one must have the same sites."""
         return self.run.model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        self.run.model = model
 
     @property
     def args(self) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ def test_5_the_effort_follows_the_cost_and_asks_no_clock(monkeypatch: pytest.Mon
         monkeypatch.setattr(f"time.{name}", no_clock)
     efforts = Effort.for_joint(cheap), Effort.for_joint(costly)
     assert efforts == (Effort.for_joint(cheap), Effort.for_joint(costly))
-    assert efforts[0].count_starts > 2 * efforts[1].count_starts
+    assert efforts[0].num_starts > 2 * efforts[1].num_starts
     assert not efforts[0].is_cut_short
     assert sum(nominal_cost(costly)) > 20 * sum(nominal_cost(cheap))
 
