@@ -1,12 +1,14 @@
-"""The rooms of the library: imports go down only, and come from the file that defines a name.
+"""The rooms of the library: what a file may import, what it may reach for, how full a room may be.
 
-`violations` reads the imports of all files with `ast`, those inside functions and under
-``TYPE_CHECKING`` too, and knows nothing of the library but the table `ROOMS`.
+Everything is read from the source with `ast`. `violations` reads the imports of all files, those
+inside functions and under ``TYPE_CHECKING`` too, and knows nothing of the library but the table
+`ROOMS`. `intrusions` reads every name with a leading underscore, and whose it is.
 """
 
 import ast
 import graphlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,33 @@ ROOMS = {
     "posterior": Room(9, pyro=("pyro",)),
     "vi": Room(10, pyro=("pyro",)),
     "infer": Room(11, is_door=True),
+}
+
+
+# Rooms that are collections: one file for each of many things of a kind.
+ZOOS = {"univariate", "nn", "transforms"}
+MOST_FILES = 8
+
+# What others keep behind an underscore and is used nevertheless: nothing public says the same.
+FOREIGN = {
+    "_C": "torch: whether torch.func, a tracer or a compiler is at work",
+    "_are_functorch_transforms_active": "torch: of _C",
+    "_current_level": "torch: whether a forward-mode derivative is taken",
+    "_functorch": "torch: of _C",
+    "_get_tracing_state": "torch: of _C",
+    "_python_dispatch": "torch: the module of TorchDispatchMode",
+    "_pytree": "torch: tensors in nested containers",
+    "_schema": "torch: whether an operation writes in place",
+    "_overloadname": "torch: the operation that does not",
+    "_parameters": "torch: of a Module, those that are None too",
+    "_buffers": "torch: of a Module",
+    "_modules": "torch: of a Module",
+    "_DropoutNd": "torch: the base of all dropouts",
+    "_asdict": "Python: of a named tuple, public in spite of its underscore",
+    "_Subsample": "pyro: the site of a plate that takes a subsample",
+    "_mask": "pyro: of a MaskedDistribution",
+    "_mean_accept_prob": "pyro: of a kernel of HMC",
+    "_get_loc_and_scale": "pyro: the coordinates of its normal guides",
 }
 
 
@@ -150,13 +179,79 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     return found
 
 
-def test_the_library_keeps_its_floors() -> None:
-    sources = {
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """The names with a leading underscore that a file gives to something of its own."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def reached(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines and names with a leading underscore that a file takes from something else.
+
+    What an object asks of itself (``self._x``) does not count.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = node.value
+            is_own = isinstance(owner, ast.Name) and owner.id in ("self", "cls")
+            is_super = isinstance(owner, ast.Call) and ast.unparse(owner.func) == "super"
+            if not (is_own or is_super):
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((node.lineno, a.name) for a in node.names if is_private(a.name))
+
+
+def intrusions(sources: Mapping[str, str]) -> list[str]:
+    """Where a file reaches for what another keeps behind a leading underscore."""
+    trees = {path: ast.parse(source) for path, source in sources.items()}
+    owners = {path: defined(tree) for path, tree in trees.items()}
+    found = []
+    for path, tree in trees.items():
+        for line, name in reached(tree):
+            homes = [other for other, names in owners.items() if name in names]
+            if path not in homes and name not in FOREIGN:
+                whose = f"which belongs to {', '.join(homes)}" if homes else "which is not ours"
+                found.append(f"{path}:{line}: reaches for {name}, {whose}")
+    return found
+
+
+def crowds(sources: Mapping[str, str]) -> list[str]:
+    """The folders with too many files, their faces not counted."""
+    files = [Path(path) for path in sources if not is_face(path)]
+    counts = Counter(path.parent.as_posix() for path in files)
+    return [
+        f"{folder} has {count} files, more than {MOST_FILES}"
+        for folder, count in counts.items()
+        if count > MOST_FILES and folder not in ZOOS
+    ]
+
+
+def library() -> dict[str, str]:
+    return {
         path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8")
         for path in PACKAGE.rglob("*.py")
     }
+
+
+@pytest.mark.parametrize("rule", [violations, intrusions, crowds], ids=lambda rule: rule.__name__)
+def test_the_library_keeps_its_rules(rule: Callable[[Mapping[str, str]], list[str]]) -> None:
+    sources = library()
     assert sources
-    assert not violations(sources), "\n".join(violations(sources))
+    assert not rule(sources), "\n".join(rule(sources))
+
+
+def test_no_private_name_of_others_is_listed_that_nobody_needs() -> None:
+    needed = {name for source in library().values() for _, name in reached(ast.parse(source))}
+    assert set(FOREIGN) <= needed
 
 
 # A small made-up library, all in order.
@@ -180,6 +275,8 @@ IN_ORDER = {
 
 def test_checker_accepts_a_library_in_order() -> None:
     assert violations(IN_ORDER) == []
+    assert intrusions(IN_ORDER) == []
+    assert crowds(IN_ORDER) == []
 
 
 @pytest.mark.parametrize(
@@ -223,3 +320,39 @@ def test_checker_accepts_a_library_in_order() -> None:
 def test_checker_finds(path: str, source: str, message: str) -> None:
     found = violations({**IN_ORDER, path: source})
     assert any(message in line for line in found), found
+
+
+OWN = """
+class A:
+    def __init__(self):
+        self._x = 1
+    def _f(self, other: "A"):
+        return super()._g() + other._x + cls._y
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(a): return a._x", "nn/b.py:1: reaches for _x, which belongs to nn/a.py"),
+        ("def f(a):\n    a()._f(1)", "nn/b.py:2: reaches for _f, which belongs to nn/a.py"),
+        ("from pyro_nf.nn.a import _f", "reaches for _f"),
+        ("import torch\ntorch._secret()", "reaches for _secret, which is not ours"),
+        ("class B:\n    def f(self): return self.a._x", "reaches for _x"),
+        ("import torch\ntorch._C", None),
+        ("class B:\n    def f(self): return self._x", None),
+        ("class B:\n    _x = 1\ndef f(b): return b._x", None),
+        ("_, b = 1, 2\nx = b.__class__", None),
+    ],
+)
+def test_checker_finds_who_reaches_for_what_is_private(source: str, message: str | None) -> None:
+    found = intrusions({"nn/a.py": OWN, "nn/b.py": source})
+    assert bool(found) == (message is not None), found
+    assert message is None or message in found[0]
+
+
+def test_checker_finds_crowds() -> None:
+    files = {f"guides/{i}.py": "" for i in range(MOST_FILES)}
+    assert crowds(files | {"guides/__init__.py": ""}) == []
+    assert "guides has 9 files" in crowds(files | {"guides/more.py": ""})[0]
+    assert crowds({f"nn/{i}.py": "" for i in range(20)}) == []
