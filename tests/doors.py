@@ -1117,23 +1117,29 @@ def _inference() -> dict[str, Door]:
             lambda: {"precision": torch.zeros(2), "shift": torch.zeros(2)},
             {"precision": DATA, "shift": DATA},
         ),
-        "LogJoint.trace": Door(
-            joint().trace,
-            lambda: {
-                "batch_size": 2,
-                "max_seconds": 1.0,
-                "clock": time.perf_counter,
-                "compile": False,
-                "if_faster": True,
-            },
-            {
-                "batch_size": COUNT,
-                "max_seconds": OPTIONAL | POSITIVE | may("zero", "negative"),
-                "clock": OBJECT,
-                "compile": FLAG,
-                "if_faster": FLAG,
-            },
-            runs=False,
+        **{
+            f"LogJoint.{name}": Door(
+                getattr(joint(), name),
+                lambda: {
+                    "batch_size": 2,
+                    "max_seconds": 1.0,
+                    "clock": time.perf_counter,
+                    "compile": False,
+                    "if_faster": True,
+                },
+                {
+                    "batch_size": COUNT,
+                    "max_seconds": OPTIONAL | POSITIVE | may("zero", "negative"),
+                    "clock": OBJECT,
+                    "compile": FLAG,
+                    "if_faster": FLAG,
+                },
+                runs=False,
+            )
+            for name in ("record", "trace")
+        },
+        "LogJoint.prior_scales": Door(
+            hierarchical_joint().prior_scales, lambda: {"z": torch.zeros(2)}, {"z": DATA}
         ),
     }
 

@@ -300,9 +300,9 @@ class LogJoint(ModelDensity):
         check_tensor("LogJoint.move", "shift", shift, (self.latent_dim,), finite=False)
         check_flag("LogJoint.move", "inverse", inverse)
         self._expect(z)
-        return self._moved(self.centred_run(precision, shift), z, inverse)
+        return self._moved(self._centred_run(precision, shift), z, inverse)
 
-    def centred_run(self, precision: Tensor, shift: Tensor) -> ModelRun:
+    def _centred_run(self, precision: Tensor, shift: Tensor) -> ModelRun:
         """A run of the model whose coordinates are those of `recentred`."""
         sites = [self.sites[name] for name in self.hierarchical_sites]
         centring = {s.name: SiteCentring(s.cut(precision), s.cut(shift)) for s in sites}
@@ -340,7 +340,7 @@ class RecentredJoint(ModelDensity):
     def __init__(self, plain: LogJoint, precision: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.plain = plain
-        self.run = plain.centred_run(precision, shift)
+        self.run = plain._centred_run(precision, shift)
         self.evaluator = plain.evaluator.of(self.run)
         self.kind, self.reason = plain.kind, plain.reason
         self.is_random, self.has_parameters = plain.is_random, plain.has_parameters
