@@ -162,7 +162,12 @@ class Loop(Evaluator):
 
 
 def choose_evaluator(
-    run: ModelRun, is_pure: bool, z: Tensor, wanted: Tensor, state: Tensor
+    run: ModelRun,
+    is_pure: bool,
+    z: Tensor,
+    wanted: Tensor,
+    state: Tensor,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> tuple[Evaluator, str]:
     """The fastest way that agrees with single runs, and what is wrong with those before it.
 
@@ -172,9 +177,13 @@ def choose_evaluator(
         z: A batch of points (S, D).
         wanted: The log densities of the first of them by single runs.
         state: Of the random numbers before each single run.
+        is_late: Whether there is no time to try another way than the first.
     """
     reasons = list[str]()
     for way in (Batched, Vmap, RecordedVmap):
+        if reasons and is_late():
+            reasons.append(f"{way.kind}: there is no time to try")
+            break
         evaluator = way(run, is_pure)
         problem = evaluator.disagreement(z, wanted, state)
         if not problem:

@@ -23,7 +23,7 @@ from pyro_nf._checks import (
     check_tensor,
 )
 from pyro_nf.model.enumeration import Enumeration
-from pyro_nf.model.evaluators import Batched, Loop, Vmap, choose_evaluator
+from pyro_nf.model.evaluators import Batched, Evaluator, Loop, Vmap, choose_evaluator
 from pyro_nf.model.model_density import INIT_WANTED, ModelDensity
 from pyro_nf.model.runs import EnumeratedRun, ModelRun
 from pyro_nf.sites.centring import SiteCentring, location_and_scale
@@ -139,15 +139,19 @@ class LogJoint(ModelDensity):
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
             args, given = tuple(args), dict(kwargs or {})
+            began = self._budget.clock()
             trace = prototype or _first_run(model, args, given, init_loc_fn)
+            self._seconds = self._budget.clock() - began
             self.run = _read(model, args, given, trace)
             self.init_loc = self.run.coordinates(trace)
             part = self._budget.part(_CHECK_SHARE)
-            check_priors(model, args, given, trace, self.sites, self.run.fixed, part)
+            if not self._is_late(runs=2):
+                check_priors(model, args, given, trace, self.sites, self.run.fixed, part)
             there = self._inspect()
             self._choose_evaluator()
             suspected = suspects(trace)
-            if not self.is_random and (suspected or self.kind != "loop"):  # a run for each point
+            is_dear = self.kind == "loop" and not suspected  # a run for each point
+            if not (self.is_random or is_dear or self._is_late()):
                 refuse_flat_directions(self.value_and_grad, self.init_loc, self.layout, suspected)
             self.hierarchical_sites = self._hierarchy(trace, there)
 
@@ -157,6 +161,10 @@ class LogJoint(ModelDensity):
         return f"LogJoint(latent_dim={self.latent_dim}, kind={self.kind!r}, sites: {sites})"
 
     # ---- construction
+
+    def _is_late(self, runs: int = 1) -> bool:
+        """Whether there is no time for so many runs more, each as long as the first."""
+        return self._budget.has_seconds and self._budget.seconds_left < runs * self._seconds
 
     def _inspect(self) -> Substitute:
         """Randomness, own parameters, dynamic supports and hidden batch dimensions."""
@@ -186,12 +194,12 @@ class LogJoint(ModelDensity):
         """Whether other runs at the same point have another density.
 
         Numbers that were drawn need not change the density, and a generator or a counter of the
-        model's own need not show: only other runs tell, some of which agree by chance. There is at
-        least one, and as many as there is time for.
+        model's own need not show: only other runs tell, some of which agree by chance. There are as
+        many as there is time for.
         """
         part, rounding = self._budget.part(_CHECK_SHARE), 8 * torch.finfo(log_prob.dtype).eps
         for i in range(count):
-            if i and part.has_seconds and part.is_spent():
+            if (i and part.has_seconds and part.is_spent()) or self._is_late():
                 break
             again = self.run.noted(z, dynamic=True).total()
             if not torch.allclose(again, log_prob, rounding, rounding, equal_nan=True):
@@ -216,6 +224,10 @@ class LogJoint(ModelDensity):
 
     def _choose_evaluator(self) -> None:
         """Compares a batch with single evaluations; picks the fastest way that agrees."""
+        is_pure = not (self.is_random or self.has_parameters)
+        if self._is_late(runs=2):  # a single one, and a batch
+            self._use(Loop(self.run, is_pure), "there is no time to try")
+            return
         sizes = {n for site in self.sites.values() for n in site.shape}
         sizes |= {n for a in self.args if isinstance(a, Tensor) for n in a.shape}
         count = next(n for n in _CHECK_BATCHES if n not in sizes)
@@ -233,19 +245,24 @@ class LogJoint(ModelDensity):
                 f"the sites {self.failing_sites(self.init_loc)}: check the model, its data and "
                 "init_loc_fn."
             )
-        is_pure = not (self.is_random or self.has_parameters)
-        self.evaluator, self.reason = choose_evaluator(self.run, is_pure, z, wanted, state)
-        self.kind = self.evaluator.kind
+        found = choose_evaluator(self.run, is_pure, z, wanted, state, self._is_late)
+        self._use(*found)
+
+    def _use(self, evaluator: Evaluator, reason: str) -> None:
+        """Takes a way to evaluate a batch, and says why no faster one."""
+        self.evaluator, self.reason, self.kind = evaluator, reason, evaluator.kind
         # An index like m[c] is how models with discrete sites are written, and all that it costs is
         # that the one run for all particles goes by vmap.
         if self.reason and not (self.enumerated_sites and self.kind != "loop"):
             warnings.warn(
                 f"the model does not run on a batch of particles ({self.reason}). "
                 f"LogJoint uses {self.kind} instead: {self._advice()}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _advice(self) -> str:
+        if self.kind == "loop" and self._is_late():
+            return "every particle costs a run of the model. Give more max_seconds."
         if self.kind == "loop":
             return (
                 "every particle costs a run of the model. A Python `if` on a latent, .item(), or "
@@ -258,10 +275,12 @@ class LogJoint(ModelDensity):
         )
 
     def _singles(self, z: Tensor, state: Tensor) -> Tensor:
-        """The value of each point by a run of its own; of two at least, as far as there is time."""
+        """The value of each point by a run of its own, as far as there is time."""
         part, values, loop = self._budget.part(_CHECK_SHARE), list[Tensor](), Loop(self.run)
         for zi in z:
             if len(values) >= 2 and part.has_seconds and part.is_spent():
+                break
+            if values and self._is_late(runs=2):
                 break
             torch.set_rng_state(state)
             values.append(loop.single(zi))

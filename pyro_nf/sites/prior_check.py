@@ -17,7 +17,7 @@ from pyro_nf.sites.supports import bijection
 from pyro_nf.train.budget import Budget
 
 # How many points of the unconstrained space are looked at, and how far from the initial one.
-_COUNT, _SPREAD = 4, 1.0
+_COUNT, _SPREAD = 3, 1.0
 
 
 class _Validated(Messenger):
@@ -74,7 +74,7 @@ def check_priors(
         trace: one run of it.
         sites: the latents that have coordinates.
         fixed: the values of those that have none.
-        budget: after it no further point is looked at; two are in any case.
+        budget: after it no further point is looked at; one is in any case.
 
     Raises:
         ValueError: naming the site.
@@ -82,24 +82,28 @@ def check_priors(
     nodes = latent_nodes(trace)
     values = dict(fixed) | {name: nodes[name]["value"] for name in sites}
     points = {name: sites[name].transform.inv(values[name]).detach() for name in sites}
-    for i in range(_COUNT):
-        if i > 1 and budget.has_seconds and budget.is_spent():
-            break
-        moved = {
-            name: u + (_SPREAD if i else 0.0) * torch.randn_like(u) for name, u in points.items()
-        }
+
+    def looked_at(spread: float) -> _Validated | None:
+        """A run at points so far from the initial one; None if the rest of the model fails."""
+        moved = {name: u + spread * torch.randn_like(u) for name, u in points.items()}
         run = _Validated(values, moved)
         try:
             with torch.no_grad(), pyro.validation_enabled(True), poutine.block(), run:
                 model(*args, **kwargs)
         except Exception:  # the rest of the model is looked at elsewhere
-            if not run.problems:
-                return
-        if not i:
-            if run.problems:
-                return  # the initial point itself has no density: the log joint says where
-            continue
+            return run if run.problems else None
+        return run
+
+    for i in range(_COUNT):
+        if i and budget.has_seconds and budget.is_spent():
+            break
+        run = looked_at(_SPREAD)
+        if run is None:
+            return
         if run.problems:
+            there = looked_at(0.0)
+            if there is None or there.problems:
+                return  # the initial point itself has no density: the log joint says where
             name, problem = next(iter(run.problems.items()))
             raise ValueError(
                 f"latent site {name!r} cannot be mapped from R^n: values of its support "

@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
 from torch.distributions import biject_to
 
 from pyro_nf.model.joint import LogJoint
+from pyro_nf.train.budget import Budget
 from tests.reference_models import exact_targets, gaussian
 
 F64 = torch.float64
@@ -368,3 +369,27 @@ def test_a_density_that_is_nowhere_finite_is_named() -> None:
 
     with pytest.raises(ValueError, match=r"\['broken'\]"):
         LogJoint(model)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kind"), [(0.1, "batched"), (0.5, "batched"), (0.6, "batched"), (1.0, "loop")]
+)
+def test_8_a_slow_model_is_looked_at_as_far_as_there_is_time(cost: float, kind: str) -> None:
+    now = 0.0
+
+    def model() -> None:
+        nonlocal now
+        now += cost
+        x = pyro.sample("x", dist.Normal(0.0, 2.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if kind == "loop" else "error")
+        joint = LogJoint(model, budget=Budget(max_seconds=4.0, clock=lambda: now))
+    assert now <= 4.0
+    assert joint.kind == kind
+    assert kind == "batched" or "no time" in joint.reason
+    z = torch.tensor([[0.5], [-1.0]])
+    prior, likelihood = dist.Normal(0.0, 2.0), dist.Normal(1.0, 1.0)
+    expected = (prior.log_prob(z) + likelihood.log_prob(z)).squeeze(-1)
+    torch.testing.assert_close(joint.log_prob(z), expected)
