@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -361,6 +361,25 @@ def check_rows(owner: str, name: str, rows: Tensor, width: int | None = None) ->
     check_count(owner, f"the number of columns of {name}", rows.shape[1])
 
 
+def check_events(owner: str, name: str, rows: Tensor, event_shape: Size) -> None:
+    """Raises unless ``rows`` is a floating tensor of events, ``(N, *event_shape)``."""
+    if len(event_shape) == 1:
+        check_table(owner, name, rows, event_shape[0])
+    check_event_shape(owner, name, rows, event_shape, len(event_shape))
+    if rows.dim() != len(event_shape) + 1:
+        sizes = ", ".join(map(str, event_shape))
+        raise ValueError(
+            f"{owner}: {name} must be rows of shape (N, {sizes}), got {tuple(rows.shape)}."
+        )
+
+
+def check_event_rows(owner: str, name: str, rows: Tensor, event_shape: Size) -> None:
+    """Raises unless ``rows (N, *event_shape)`` are finite events, at least one."""
+    check_events(owner, name, rows, event_shape)
+    check_finite(owner, name, rows)
+    check_count(owner, f"the number of rows of {name}", len(rows))
+
+
 def check_finite(owner: str, name: str, value: Tensor) -> None:
     """Raises if ``value`` has NaN or inf."""
     if not bool(value.isfinite().all()):
@@ -378,21 +397,69 @@ def size_of(owner: str, name: str, shape: Sequence[int]) -> Size:
     return Size(shape)
 
 
+def event_shape_of(
+    owner: str, input_dim: int | None, event_shape: int | Sequence[int] | None
+) -> Size:
+    """The shape of an event: of a vector of a size, or of any; raises unless one is given."""
+    if input_dim is None:
+        if event_shape is None:
+            raise ValueError(
+                f"{owner}: input_dim must be an integer >= 1, got None; or give event_shape."
+            )
+        return shape_of(owner, "event_shape", event_shape)
+    check_count(owner, "input_dim", input_dim)
+    if event_shape is not None:
+        raise ValueError(
+            f"{owner}: got input_dim = {input_dim} and event_shape = {shown(event_shape)}; "
+            "input_dim is the size of a vector, event_shape the shape of any event. Give one of "
+            "them."
+        )
+    return Size((input_dim,))
+
+
+def shape_of(owner: str, name: str, value: int | Sequence[int], at_least: int = 1) -> Size:
+    """A size or a shape as a shape; raises unless it is made of integers that are large enough."""
+    if is_count(value):
+        check_count(owner, name, cast(int, value), at_least)
+        return Size((cast(int, value),))
+    check_counts(owner, name, value, at_least=at_least, empty=True)
+    return Size(cast("Sequence[int]", value))
+
+
+def input_dim_of(event_shape: Size | None) -> int | None:
+    """The size of an event that is a vector; None of any other."""
+    return event_shape[0] if event_shape is not None and len(event_shape) == 1 else None
+
+
 def check_event(
     owner: str, name: str, value: Tensor, input_dim: int | None, event_dim: int
 ) -> None:
     """Raises unless ``value`` is a floating tensor whose event is what ``owner`` maps."""
+    check_event_shape(owner, name, value, None if input_dim is None else (input_dim,), event_dim)
+
+
+def check_event_shape(
+    owner: str, name: str, value: Tensor, event_shape: tuple[int, ...] | None, event_dim: int
+) -> None:
+    """Raises unless ``value`` is a floating tensor ``(..., *event_shape)``; None is any shape."""
     check_floating(owner, name, value)
     if value.dim() < event_dim:
+        last = "the last one is" if event_dim == 1 else f"the last {event_dim} are"
         raise ValueError(
             f"{owner}: {name} needs at least {event_dim} dimension(s), got {name}.shape = "
-            f"{tuple(value.shape)}; the last one is the event."
+            f"{tuple(value.shape)}; {last} the event."
         )
-    if input_dim is not None and value.shape[-1] != input_dim:
+    if event_shape is None or value.shape[value.dim() - len(event_shape) :] == event_shape:
+        return
+    if len(event_shape) == 1 and value.dim():
         raise ValueError(
-            f"{owner}: {name} has last dimension {value.shape[-1]}, but input_dim is {input_dim} "
-            f"({name}.shape = {tuple(value.shape)})."
+            f"{owner}: {name} has last dimension {value.shape[-1]}, but input_dim is "
+            f"{event_shape[0]} ({name}.shape = {tuple(value.shape)})."
         )
+    raise ValueError(
+        f"{owner}: {name} must have a shape that ends in event_shape = {tuple(event_shape)}, got "
+        f"{name}.shape = {tuple(value.shape)}."
+    )
 
 
 def check_context(owner: str, context: Tensor | None, context_dim: int) -> None:
@@ -421,6 +488,17 @@ def check_context(owner: str, context: Tensor | None, context_dim: int) -> None:
             f"{owner}: context has shape {tuple(context.shape)}, but its last dimension must be "
             f"context_dim = {context_dim}."
         )
+
+
+def check_embedded(owner: str, c: object, context_dim: int) -> None:
+    """Raises unless an embedding has made floating vectors of the width that is wanted."""
+    if isinstance(c, Tensor) and c.is_floating_point() and c.shape[-1:] == (context_dim,):
+        return
+    raise ValueError(
+        f"{owner}: embed must make a floating tensor of shape (..., {context_dim}) of the context "
+        f"(context_dim = {context_dim}), got {shown(c)}. Change its last layer, or the context_dim "
+        "that the transform is built with."
+    )
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype | None:
@@ -491,25 +569,20 @@ def check_ends(owner: str, name: str, ends: Any) -> None:
         raise ValueError(f"{owner}: {name} must be (low, high), got {shown(ends)}.")
 
 
-def numbers_of(owner: str, name: str, value: float | Tensor, size: int) -> Tensor:
-    """A number or a vector as a vector of its own; raises unless it is finite and fits."""
+def numbers_of(owner: str, name: str, value: float | Tensor, event_shape: Size) -> Tensor:
+    """A number or an event as an event of its own; raises unless it is finite and fits."""
     if isinstance(value, Tensor):
         check_floating(owner, name, value)
-        if value.shape not in ((), (1,), (size,)):
+        if value.shape not in ((), (1,), event_shape):
             raise ValueError(
-                f"{owner}: {name} must be a number or have the shape ({size},), got "
+                f"{owner}: {name} must be a number or have the shape {tuple(event_shape)}, got "
                 f"{name}.shape = {tuple(value.shape)}."
             )
         check_finite(owner, name, value)
     else:
         check_number(owner, name, value)
-    return (
-        torch.as_tensor(
-            value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype()
-        )
-        .expand(size)
-        .clone()
-    )
+    dtype = None if isinstance(value, Tensor) else torch.get_default_dtype()
+    return torch.as_tensor(value, dtype=dtype).expand(event_shape).clone()
 
 
 def check_draws(owner: str, name: str, draws: Mapping[str, Tensor]) -> None:

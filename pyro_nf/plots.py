@@ -153,9 +153,10 @@ def plot_density(
     check_count("plot_density", "num_samples", num_samples)
     check_count("plot_density", "resolution", resolution, at_least=2)
     check_seed("plot_density", seed)
-    if flow.input_dim > 2:
+    if flow.input_dim not in (1, 2):
         raise ValueError(
-            f"plot_density: the flow has input_dim {flow.input_dim}, wanted 1 or 2; draw its "
+            f"plot_density: the flow has events of shape {tuple(flow.event_shape)}, wanted (1,) or "
+            "(2,), input_dim 1 or 2; draw its "
             "samples with pair_plot."
         )
     check_tensor("plot_density", "data", data, (None, flow.input_dim), optional=True)

@@ -35,8 +35,8 @@ from pyro_nf.univariate.base import HINT, UnivariateMap
 M = TypeVar("M", bound=nn.Module)
 G = TypeVar("G", bound=Any)  # a guide: AutoFlow, which lives a floor above
 
-# The dimension of events when a transform takes any.
-ANY_DIM = 3
+# The size of events when a transform takes any: of vectors, and of each dimension of others.
+ANY_DIM, ANY_SIZE = 3, 4
 BATCH_SHAPES = ((), (1,), (4,), (2, 3), (0,))
 # Round trips: exact inverse, numeric inverse, and float32 where the input is of order one.
 EXACT, NUMERIC, SINGLE = 1e-9, 1e-8, 1e-4
@@ -63,7 +63,7 @@ def randomize(module: M, scale: float = 0.3, seed: int = 0) -> M:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
+            fan_in = parameter[0].numel() if parameter.dim() > 1 and len(parameter) else 1
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((scale / max(fan_in, 1) ** 0.5 * noise).to(parameter))
     return module
@@ -186,12 +186,16 @@ def ends_are_safe(univariate: UnivariateMap, dtype: torch.dtype = torch.float32)
 # Transforms.
 
 
-def _dim(transform: FlowTransform) -> int:
-    return transform.input_dim or ANY_DIM
+def _event_shape(transform: FlowTransform) -> tuple[int, ...]:
+    """The shape of ``x``, or one that fits."""
+    if transform.event_shape is not None:
+        return transform.event_shape
+    event_dim = transform.domain.event_dim
+    return (ANY_DIM,) if event_dim == 1 else (ANY_SIZE,) * event_dim
 
 
 def _x(transform: FlowTransform, *batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return points(transform.domain, (*batch, _dim(transform)), dtype)
+    return points(transform.domain, (*batch, *_event_shape(transform)), dtype)
 
 
 def _context(
@@ -215,15 +219,34 @@ def round_trip(transform: FlowTransform) -> None:
         _close(f"ladj of the inverse in {dtype}", inverse_ladj, -ladj, 10 * tolerance)
 
 
+def shapes_are_told(transform: FlowTransform) -> None:
+    """``forward_shape`` and ``inverse_shape`` say what comes out, as do the spaces."""
+    x, context = _x(transform, 2, 3), _context(transform, 3)
+    y, ladj = transform.forward_and_ladj(x, context)
+    got = transform.forward_shape(x.shape)
+    assert got == y.shape, f"forward_shape is {tuple(got)}, but y has shape {tuple(y.shape)}"
+    got = transform.inverse_shape(y.shape)
+    assert got == x.shape, f"inverse_shape is {tuple(got)}, but x has shape {tuple(x.shape)}"
+    for name, value, space, shape in (
+        ("domain", x, transform.domain, transform.event_shape),
+        ("codomain", y, transform.codomain, transform.output_shape),
+    ):
+        event = value.shape[ladj.dim() :]
+        assert space.event_dim == len(event), f"{name}.event_dim is {space.event_dim}"
+        assert shape in (None, event), f"the event is {tuple(event)}, not {shape}"
+        assert bool(space.check(value).all()), f"a point outside of the {name}"
+
+
 def ladj_is_autograds(transform: FlowTransform) -> None:
     """The ladj is the slogdet of autograd's Jacobian, in both directions."""
     x, context = _x(transform, 5), _context(transform, 5)
     y, ladj = transform.forward_and_ladj(x, context)
+    count = x[0].numel()
     for i in range(len(x)):
         c = None if context is None else context[i]
         jacobian = torch.autograd.functional.jacobian(
             lambda v, c=c: transform.forward_and_ladj(v, c)[0], x[i]
-        )
+        ).reshape(count, count)
         _close("ladj against slogdet", ladj[i], jacobian.slogdet().logabsdet, LADJ)
     t = transform.condition(context) if context is not None else transform
     _close("log_abs_det_jacobian", t.log_abs_det_jacobian(x, y), ladj, LADJ)
@@ -303,7 +326,7 @@ def every_parameter_learns(transform: FlowTransform) -> None:
             assert grad is not None, f"{name}: {key} gets no gradient"
             assert bool(grad.isfinite().all()), f"{name}: {key} gets a gradient that is not finite"
             # with one coordinate a triangle or a mask leaves some parameters nothing to do
-            learns = bool((grad != 0).any()) or transform.input_dim == 1
+            learns = bool((grad != 0).any()) or x[0].numel() == 1
             assert learns, f"{name}: {key} gets the gradient 0"
 
 
@@ -432,9 +455,15 @@ def bad_input_is_named(transform: FlowTransform) -> None:
     """Wrong shapes, contexts and dtypes raise the right error, with the sizes in the message."""
     x, context = _x(transform, 3), _context(transform, 3)
     for call in (transform.forward_and_ladj, transform.inverse_and_ladj):
-        if transform.input_dim is not None:
-            wide = torch.cat((x, x[..., :1]), -1)
-            _raises(ValueError, f"input_dim is {transform.input_dim}", call, wide, context)
+        event = (
+            transform.event_shape if call == transform.forward_and_ladj else transform.output_shape
+        )
+        if event:
+            wide = x.new_zeros(3, *event[:-1], event[-1] + 1)
+            part = (
+                f"input_dim is {event[0]}" if len(event) == 1 else f"event_shape = {tuple(event)}"
+            )
+            _raises(ValueError, part, call, wide, context)
         _raises(TypeError, "int64", call, x.long(), context)
         _raises(TypeError, "list", call, x.tolist(), context)
         if context is None:
@@ -461,6 +490,7 @@ def _raises(kind: type[Exception], part: str, call: Callable[..., object], *args
 
 TRANSFORM_LAWS: tuple[Callable[[FlowTransform], None], ...] = (
     round_trip,
+    shapes_are_told,
     ladj_is_autograds,
     inverse_is_a_module,
     batch_shapes,
@@ -508,7 +538,7 @@ def density_of_draws(flow: Flow) -> None:
     """Draws come with their log density, the same that ``log_prob`` computes afresh."""
     d = flow(*_condition(flow))
     y, log_prob = d.rsample_and_log_prob((20,))
-    assert y.shape == (20, flow.input_dim), f"draws have shape {tuple(y.shape)}"
+    assert y.shape == (20, *flow.event_shape), f"draws have shape {tuple(y.shape)}"
     _close("log_prob of draws", flow(*_condition(flow)).log_prob(y.clone()), log_prob, 1e-7)
     again = d.rsample((20,))
     _close("log_prob of the last draws", d.log_prob(again), d.log_prob(again.clone()), 1e-7)
@@ -520,15 +550,15 @@ def batches_of_contexts(flow: Flow) -> None:
     batch = (4,) if flow.context_dim else ()
     d = flow(*_condition(flow, *batch)).expand((4,))
     y = d.sample((6,))
-    assert y.shape == (6, 4, flow.input_dim), f"draws have shape {tuple(y.shape)}"
+    assert y.shape == (6, 4, *flow.event_shape), f"draws have shape {tuple(y.shape)}"
     assert d.batch_shape == (4,)
-    assert d.event_shape == (flow.input_dim,)
+    assert d.event_shape == flow.event_shape
     x, _ = d.transform.inverse_and_ladj(y)
     spread = x.std(1, correction=0).min().item()
     assert spread > 0, "the noise is shared between contexts"
     _close("log_prob", d.log_prob(y)[2], d.log_prob(y[2]), EXACT)
     wide = d.expand((3, 4))
-    assert wide.sample().shape == (3, 4, flow.input_dim)
+    assert wide.sample().shape == (3, 4, *flow.event_shape)
     assert wide.to_event(1).log_prob(wide.sample()).shape == (3,)
     assert wide.mask(False).log_prob(wide.sample()).abs().sum().item() == 0
 
@@ -556,7 +586,7 @@ class _LogProb(nn.Module):
 
 def flow_copies_agree(flow: Flow) -> None:
     """deepcopy, pickle and functional_call give the same density."""
-    y, args = points(constraints.real, (4, flow.input_dim)), _condition(flow)
+    y, args = points(constraints.real, (4, *flow.event_shape)), _condition(flow)
     wanted = flow(*args).log_prob(y)
     copied = (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)))
     for other in copied:
@@ -573,7 +603,7 @@ def scores_agree(flow: Flow) -> None:
     if "inverse" not in _ways(flow) or flow.transform.inverse_kind != "exact":
         return
     args = _condition(flow)
-    y = points(constraints.real, (4, flow.input_dim)).requires_grad_()
+    y = points(constraints.real, (4, *flow.event_shape)).requires_grad_()
     (wanted,) = torch.autograd.grad(flow(*args).log_prob(y).sum(), y)
     got = vmap(jacrev(lambda v: flow(*args).log_prob(v)))(y)
     _close("score by vmap(jacrev)", got, wanted, 1e-7)

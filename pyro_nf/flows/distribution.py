@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf._checks import check_dtype, check_flag, check_kind, floating_dtype, size_of
+from pyro_nf.ops.layout import flat_event
+from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.transforms.base import FlowTransform
 
 MOST_NUMBERS, FEWEST_ROWS = 1_000_000, 16
@@ -59,16 +61,28 @@ class FlowDistribution(dist.TransformedDistribution):
         check_kind("FlowDistribution", "owner", owner, nn.Module, optional=True)
         if validate_args is not None:
             check_flag("FlowDistribution", "validate_args", validate_args)
-        if transform.input_dim is not None and base_dist.event_shape != (transform.input_dim,):
+        event_shape = base_dist.event_shape
+        if len(event_shape) != transform.domain.event_dim or transform.event_shape not in (
+            None,
+            event_shape,
+        ):
+            wanted = (
+                f"events of {transform.domain.event_dim} dimension(s)"
+                if transform.event_shape is None
+                else f"events of shape {tuple(transform.event_shape)}"
+            )
             raise ValueError(
-                f"FlowDistribution: base_dist has event_shape {tuple(base_dist.event_shape)}, but "
-                f"the transform has input_dim {transform.input_dim}."
+                f"FlowDistribution: base_dist has event_shape {tuple(event_shape)}, but the "
+                f"transform {type(transform).__name__} takes {wanted}. Take another base, or call "
+                "base_dist.to_event(n) for dimensions of its batch that belong to the event."
             )
         # TransformedDistribution would look for shapes that do not fit yet, which takes as long as
-        # a tenth of a small layer; here the base has the event and the batch shape of the whole.
+        # a tenth of a small layer; here the base has the batch shape of the whole.
         self.base_dist, self.transforms, self.transform = base_dist, [transform], transform
         super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
-            base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args
+            base_dist.batch_shape,
+            transform.output_shape or transform.forward_shape(event_shape),
+            validate_args=validate_args,
         )
         self._owner = transform if owner is None else owner
         self._last: _LastSample | None = None
@@ -89,7 +103,7 @@ class FlowDistribution(dist.TransformedDistribution):
             sample_shape: Shape of the independent draws.
 
         Returns:
-            Draws ``sample_shape + batch_shape + (D,)`` and log densities without the ``(D,)``.
+            Draws ``sample_shape + batch_shape + event_shape`` and log densities without the event.
         """
         # A mixture has no path for gradients; without gradients it needs none.
         has_path = self.base_dist.has_rsample or torch.is_grad_enabled()
@@ -122,10 +136,10 @@ class FlowDistribution(dist.TransformedDistribution):
             return self.transform.forward_and_ladj(self.base_dist.sample(shape))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``value (..., D)``.
+        """Log density of ``value (..., *event_shape)``.
 
         Raises:
-            ValueError: If the last dimension is wrong, or (with validation) outside the support.
+            ValueError: If the event has another shape, or (with validation) outside the support.
             TypeError: If ``value`` is no floating tensor of the dtype of the flow.
         """
         last, self._last = self._last, None
@@ -135,7 +149,7 @@ class FlowDistribution(dist.TransformedDistribution):
             and torch.equal(last.state, _joined(self._tensors()))
         ):
             return last.log_prob
-        if self._validate_args and self.transform.codomain is not dist.constraints.real_vector:
+        if self._validate_args and not is_all_real(self.transform.codomain):
             self._validate_sample(value)
         log_prob = self._log_prob(value)
         # a transform without parameters takes any dtype, its base does not
@@ -154,9 +168,12 @@ class FlowDistribution(dist.TransformedDistribution):
         is_seen = not (torch.compiler.is_compiling() or _is_inside_transform(log_prob))
         if is_seen and value.device.type == "cpu" and math.isfinite(log_prob.detach().sum()):
             return log_prob  # as is the rule; the sum shows it at the least cost
-        lost = (log_prob.isnan() | log_prob.isneginf()) & ~value.isnan().any(-1)
+        event_dim = len(self.event_shape)
+        has_nan = flat_event(value.isnan(), event_dim).any(-1)
+        lost = (log_prob.isnan() | log_prob.isneginf()) & ~has_nan
         if is_seen:  # a point nearby, lest the gradients of the others become NaN
-            log_prob = self._log_prob(torch.where(lost.unsqueeze(-1), 0.0, value))
+            of_event = lost.reshape(lost.shape + (1,) * event_dim)
+            log_prob = self._log_prob(torch.where(of_event, 0.0, value))
             lost = lost & ~log_prob.isnan()
         return torch.where(lost, -torch.inf, log_prob)
 

@@ -11,9 +11,20 @@ from functools import wraps
 from typing import Any, ParamSpec, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_context, check_event, check_kind, check_path, is_count, size_of
+from pyro_nf._checks import (
+    check_context,
+    check_dtype,
+    check_embedded,
+    check_event_shape,
+    check_kind,
+    check_path,
+    floating_dtype,
+    input_dim_of,
+    is_count,
+    size_of,
+)
 from pyro_nf._storage import (
     Bounded,
     InvalidFile,
@@ -77,21 +88,32 @@ class Flow(nn.Module):
     ``flow()`` or, with ``context_dim > 0``, ``flow(context)``: the batch shape follows the context,
     and the base is expanded to it, so that each context has noise of its own.
 
+    Events have any shape: ``flow().event_shape`` is what the transform makes of the base's. A
+    context is a vector of ``context_dim`` numbers; with ``embed`` it is whatever that Module takes,
+    images or tokens for example, and the Module makes the vectors. It trains with the flow, and is
+    saved with it.
+
     A fit to data sets two fixed maps, so that the transform :math:`T` learns in coordinates of
     about the unit scale, whatever the units of the data :math:`y` and of the contexts :math:`c`:
 
-    .. math:: y = m + s \, T(x; c'), \qquad c = m_c + s_c \, c'
+    .. math:: y = m + s \, T(x; e(c')), \qquad c = m_c + s_c \, c'
+
+    where :math:`e` is the embedding, if there is one.
 
     Args:
         transform: The map from base to data, in the units of the data.
         base: Makes the base distribution; standard normals by default.
+        embed: Makes vectors ``(..., context_dim)`` of contexts; None for contexts that are vectors.
 
     Attributes:
-        units: The map :math:`m + s \, \cdot` of each column of the data; None until a fit sets it.
+        units: The map :math:`m + s \, \cdot` of each column of the data, or each channel of images;
+            None until a fit sets it.
         context_units: The same of the contexts.
+        event_shape: Shape of the data's events.
+        input_dim: Its size if these are vectors, else None.
 
     Raises:
-        ValueError: If the sizes of the two differ, or neither names one, or if the base draws
+        ValueError: If the shapes of the two differ, or neither names one, or if the base draws
             points that the transform does not take.
         TypeError: If an argument is of another kind.
 
@@ -104,21 +126,35 @@ class Flow(nn.Module):
         [1.37, 0.13, 1.37]
     """
 
-    def __init__(self, transform: FlowTransform, base: Base | None = None) -> None:
+    def __init__(
+        self,
+        transform: FlowTransform,
+        base: Base | None = None,
+        *,
+        embed: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         check_kind("Flow", "transform", transform, FlowTransform)
         if base is None:
-            if transform.input_dim is None:
+            if transform.event_shape is None:
                 raise ValueError(
                     f"Flow: {type(transform).__name__} maps events of any size; pass a base, for "
                     "example DiagonalNormal(input_dim)."
                 )
-            base = DiagonalNormal(transform.input_dim)
+            base = DiagonalNormal(transform.event_shape)
         check_kind("Flow", "base", base, Base)
-        if transform.input_dim not in (None, base.input_dim):
+        if transform.event_shape not in (None, base.event_shape):
             raise ValueError(
-                f"Flow: the transform has input_dim {transform.input_dim}, but the base has "
-                f"input_dim {base.input_dim}."
+                f"Flow: the transform {type(transform).__name__} takes events of shape "
+                f"{tuple(transform.event_shape)}, but the base draws events of shape "
+                f"{tuple(base.event_shape)}. Build both with the same input_dim or event_shape."
+            )
+        check_kind("Flow", "embed", embed, nn.Module, optional=True)
+        if embed is not None and not transform.context_dim:
+            raise ValueError(
+                f"Flow: embed makes contexts, but the transform {type(transform).__name__} takes "
+                "none (context_dim = 0). Build it with the width that embed makes, or leave embed "
+                "out."
             )
         support = base().support
         if not is_within(support, transform.domain):
@@ -129,7 +165,9 @@ class Flow(nn.Module):
             )
         self.base = base
         self.transform = transform
-        self.input_dim: int = base.input_dim
+        self.embed = embed
+        self.event_shape = transform.forward_shape(base.event_shape)
+        self.input_dim = input_dim_of(self.event_shape)
         self.context_dim: int = transform.context_dim
         self.recipe: tuple[str, dict[str, Any]] | None = None
         self.units: FixedAffine | None = None
@@ -139,29 +177,55 @@ class Flow(nn.Module):
         """Makes the distribution.
 
         Args:
-            context: Shape ``(..., context_dim)``; None if the flow takes none.
+            context: Shape ``(..., context_dim)``, or what the embedding takes; None if the flow
+                takes none.
 
         Raises:
             ValueError: If the context is missing, superfluous or of the wrong width.
+            TypeError: If it is no tensor, or of another dtype than the flow.
         """
-        check_context(type(self).__name__, context, self.context_dim)
-        base_dist = self.base() if context is None else self.base(context.shape[:-1])
-        return FlowDistribution(base_dist, self.transform_in_units(context), self)
+        c = self.embedded(context)
+        base_dist = self.base() if c is None else self.base(c.shape[:-1])
+        return FlowDistribution(base_dist, self._given(c), self)
 
     def transform_in_units(self, context: Tensor | None = None) -> FlowTransform:
         """The map from the base to the data in their own units, with the context filled in.
 
         Args:
-            context: Shape ``(..., context_dim)``, in its own units; None if the flow takes none.
+            context: As the flow takes it, in its own units; None if it takes none.
         """
-        transform = self.transform
-        if context is not None:
-            units = self.context_units
-            c = context if units is None else units.inverse_and_ladj(context)[0]
-            transform = transform.condition(c)
+        return self._given(None if context is None else self.embedded(context))
+
+    def _given(self, c: Tensor | None) -> FlowTransform:
+        """The map to the data in their own units, given contexts as the transform sees them."""
+        transform = self.transform if c is None else self.transform.condition(c)
         return transform if self.units is None else _InUnits(transform, self.units)
 
-    def base_of_kind(self, name: str, sizes: Mapping[str, int]) -> Base:
+    def embedded(self, context: Tensor | None) -> Tensor | None:
+        """The contexts as the transform sees them: in units, and embedded.
+
+        Args:
+            context: As the flow takes it, in its own units; None if it takes none.
+
+        Returns:
+            Shape ``(..., context_dim)``, or None.
+        """
+        owner = type(self).__name__
+        if self.embed is None or context is None:
+            check_context(owner, context, self.context_dim)
+        else:
+            check_kind(owner, "context", context, Tensor)
+        if context is not None and self.context_units is not None:
+            context = self.context_units.inverse_and_ladj(context)[0]
+        if context is None or self.embed is None:
+            return context
+        if context.is_floating_point():
+            check_dtype(owner, "context", context, floating_dtype(self.embed))
+        c = self.embed(context)
+        check_embedded(owner, c, self.context_dim)
+        return cast(Tensor, c)
+
+    def base_of_kind(self, name: str, sizes: Mapping[str, Any]) -> Base:
         """A base of another kind with the dtype and device of this flow, or the one it has.
 
         Args:
@@ -183,13 +247,14 @@ class Flow(nn.Module):
         start = f"{prefix}base."
         names = {n.removeprefix(start): t for n, t in state_dict.items() if n.startswith(start)}
         if type(self.base).__name__ in _BASES:
+            sizes = Base.sizes(self.base)
             if "logits" in names:
-                sizes = {"input_dim": self.input_dim, "count_components": len(names["logits"])}
+                sizes["count_components"] = len(names["logits"])
                 self.base = self.base_of_kind("GaussianMixture", sizes)
             elif "log_df" in names:
-                self.base = self.base_of_kind("StudentT", {"input_dim": self.input_dim})
+                self.base = self.base_of_kind("StudentT", sizes)
             elif "loc" in names:
-                self.base = self.base_of_kind("DiagonalNormal", {"input_dim": self.input_dim})
+                self.base = self.base_of_kind("DiagonalNormal", sizes)
         for name in _UNITS:
             loc = state_dict.get(f"{prefix}{name}.loc")
             like = next(self.parameters(), loc)
@@ -211,8 +276,8 @@ class Flow(nn.Module):
         """Log density of ``x``; short for ``flow(context).log_prob(x)``.
 
         Args:
-            x: Shape ``(..., D)``.
-            context: Shape ``(..., context_dim)``, whose batch broadcasts against that of ``x``.
+            x: Shape ``(..., *event_shape)``.
+            context: As the flow takes it; its batch broadcasts against that of ``x``.
 
         Returns:
             Shape ``(...)``.
@@ -227,7 +292,7 @@ class Flow(nn.Module):
             >>> round(realnvp(2).log_prob(torch.zeros(2)).item(), 3)  # -log(2 pi)
             -1.838
         """
-        check_event("Flow", "x", x, self.input_dim, 1)
+        check_event_shape("Flow", "x", x, self.event_shape, len(self.event_shape))
         return self(context).log_prob(x)
 
     def sample(
@@ -237,10 +302,10 @@ class Flow(nn.Module):
 
         Args:
             sample_shape: How many draws for each context, or their shape.
-            context: Shape ``(..., context_dim)``.
+            context: As the flow takes it.
 
         Returns:
-            Shape ``sample_shape + (..., D)``.
+            Shape ``sample_shape + (..., *event_shape)``.
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
@@ -256,6 +321,8 @@ class Flow(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all parameters and buffers, and how to build the flow, to one safetensors file.
 
+        How an embedding is built is not in the file: such a flow is loaded into one that is there.
+
         Args:
             path: The file; an existing one is replaced, all or nothing, and keeps its mode.
 
@@ -265,7 +332,7 @@ class Flow(nn.Module):
         check_path("Flow.save", "path", path)
         known = _BASES.get(type(self.base).__name__) is type(self.base)
         header = {
-            "recipe": self.recipe,
+            "recipe": self.recipe if self.embed is None else None,
             "base": (type(self.base).__name__ if known else None, self.base.sizes()),
         }
         save_tensors(path, "flow", self.state_dict(), header)
@@ -277,8 +344,8 @@ class Flow(nn.Module):
         Args:
             path: The file.
             into: A flow of the same architecture and dtype to fill, needed if the saved one was not
-                built by a recipe of :mod:`pyro_nf.flows`. It is left alone if the file does not
-                fit.
+                built by a recipe of :mod:`pyro_nf.flows`, or has an embedding. It is left alone if
+                the file does not fit.
 
         Returns:
             The flow, with the dtypes of the file: a new one, or ``into``.
@@ -324,11 +391,15 @@ class Flow(nn.Module):
         with Bounded(tensors):
             new_base = self.base if name is None else self.base_of_kind(name, sizes)
         like = next(self.parameters(), torch.empty(0))
-        dims = {"units": self.input_dim, "context_units": self.context_dim}
+        seen = tensors.get("context_units.loc")
+        shapes = {
+            "units": self.event_shape,
+            "context_units": seen.shape if self.embed and seen is not None else (self.context_dim,),
+        }
         wanted = {n: t for n, t in self.state_dict().items() if not n.startswith(_NOT_BUILT)}
         wanted |= {f"base.{n}": t for n, t in new_base.state_dict().items()}
         return wanted | {
-            f"{units}.{part}": torch.empty(dims[units], dtype=like.dtype, device="meta")
+            f"{units}.{part}": torch.empty(shapes[units], dtype=like.dtype, device="meta")
             for units in _UNITS
             if any(key.startswith(f"{units}.") for key in tensors)
             for part in ("loc", "scale")
@@ -338,8 +409,12 @@ class Flow(nn.Module):
         made = self.recipe[0] if self.recipe else type(self.transform).__name__
         count = sum(p.numel() for p in self.parameters())
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
-        head = f"Flow({made}, input_dim={self.input_dim}{context}, {count:,} parameters)"
-        return f"{head}\n  base: {self.base!r}\n  transform: " + indented(repr(self.transform))
+        size = f"event_shape={tuple(self.event_shape)}"
+        size = size if self.input_dim is None else f"input_dim={self.input_dim}"
+        head = f"Flow({made}, {size}{context}, {count:,} parameters)"
+        embed = "" if self.embed is None else f"\n  embed: {indented(repr(self.embed))}"
+        parts = f"\n  base: {self.base!r}\n  transform: {indented(repr(self.transform))}"
+        return head + embed + parts
 
 
 def _with_bound(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,17 +429,27 @@ def _with_bound(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _InUnits(FlowTransform):
-    """A transform onto all of R^D, and then the units of the data.
+    """A transform onto all real events, and then the units of the data.
 
     A chain of the two would do the same, but a flow makes this at every call, and a chain compares
     its parts when it is made.
     """
 
     def __init__(self, transform: FlowTransform, units: FixedAffine) -> None:
-        super().__init__(transform.input_dim, transform.context_dim)
+        super().__init__(context_dim=transform.context_dim, event_shape=transform.event_shape)
         self.transform, self.units = transform, units
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
-        self.domain = transform.domain
+        self.domain, self.codomain = transform.domain, units.codomain
+
+    @property
+    def output_shape(self) -> Size | None:
+        return self.units.event_shape
+
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.forward_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.inverse_shape(shape)
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, ladj = self.transform._forward_and_ladj(x, context)
@@ -395,8 +480,9 @@ def _rebuilt(
     name, arguments = header.get("recipe") or (None, {})
     if name not in _RECIPES:
         raise InvalidFile(
-            f"Flow.load: {str(path)!r} holds a flow that no recipe built, got recipe "
-            f"{str(name)[:40]!r}; build the same flow and pass it as Flow.load(path, into=flow)."
+            f"Flow.load: {str(path)!r} holds a flow that no recipe built, or one with an embedding "
+            f"(its recipe is {str(name)[:40]!r}); build the same flow and pass it as "
+            "Flow.load(path, into=flow)."
         )
     base, sizes = header["base"]
     held = sum(tensor.numel() for tensor in tensors.values())

@@ -39,6 +39,7 @@ class GaussianMixture(Base):
     """
 
     def __init__(self, input_dim: int, count_components: int) -> None:
+        check_count("GaussianMixture", "input_dim", input_dim)
         super().__init__(input_dim)
         check_count("GaussianMixture", "count_components", count_components)
         k, d = count_components, input_dim
@@ -47,8 +48,8 @@ class GaussianMixture(Base):
         self.log_diagonals = nn.Parameter(torch.zeros(k, d))
         self.triangles = nn.Parameter(torch.zeros(k, d, d))
 
-    def sizes(self) -> dict[str, int]:
-        return {"input_dim": self.input_dim, "count_components": self.count_components}
+    def sizes(self) -> dict[str, Any]:
+        return {**super().sizes(), "count_components": self.count_components}
 
     @property
     def count_components(self) -> int:

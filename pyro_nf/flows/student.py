@@ -21,8 +21,9 @@ class StudentT(Base):
     *Tails of Lipschitz Triangular Flows* (Jaini, Kobyzev, Yu, Brubaker, 2020).
 
     Args:
-        input_dim: Size of the event.
+        event_shape: Shape of the event; an integer is the size of a vector.
         df: Where the degrees of freedom :math:`\nu` start.
+        input_dim: Size of a vector, instead of ``event_shape``.
 
     Raises:
         ValueError: If ``df`` is not positive.
@@ -32,14 +33,20 @@ class StudentT(Base):
         [3.0, 3.0]
     """
 
-    def __init__(self, input_dim: int, df: float = 5.0) -> None:
-        super().__init__(input_dim)
+    def __init__(
+        self,
+        event_shape: int | Sequence[int] | None = None,
+        df: float = 5.0,
+        *,
+        input_dim: int | None = None,
+    ) -> None:
+        super().__init__(event_shape, input_dim=input_dim)
         check_positive("StudentT", "df", df)
-        self.log_df = nn.Parameter(torch.full((input_dim,), math.log(df)))
+        self.log_df = nn.Parameter(torch.full(self.event_shape, math.log(df)))
 
     def forward(self, batch_shape: Sequence[int] = ()) -> dist.TorchDistribution:
         zero = torch.zeros_like(self.log_df)
         student = dist.StudentT(self.log_df.exp(), zero, zero + 1, validate_args=False)
         return student.expand(
             size_of("StudentT", "batch_shape", batch_shape) + zero.shape
-        ).to_event(1)
+        ).to_event(zero.dim())

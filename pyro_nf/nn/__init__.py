@@ -1,8 +1,9 @@
 """Conditioners: networks that compute the parameters of a transform."""
 
+from pyro_nf.nn.conv import ConvNet
 from pyro_nf.nn.mlp import MLP, Constant
 
-__all__ = ["MLP", "Constant"]
+__all__ = ["MLP", "Constant", "ConvNet"]
 
 
 def __dir__() -> list[str]:

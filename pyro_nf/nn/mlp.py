@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import cast
@@ -13,15 +14,16 @@ from pyro_nf._checks import (
     check_context,
     check_count,
     check_counts,
-    check_event,
+    check_event_shape,
     check_flag,
     made_by,
+    shape_of,
 )
-from pyro_nf.ops.layout import features_first
+from pyro_nf.ops.layout import features_first, flat_event
 
 
 class MLP(nn.Module):
-    r"""A perceptron from ``(x, context)`` to ``(..., output_dim, num_params)``.
+    r"""A perceptron from ``(x, context)`` to parameters ``(..., output_dim, num_params)``.
 
     .. math::
         h_1 = W_1 x + V c + b_1, \qquad
@@ -32,9 +34,11 @@ class MLP(nn.Module):
     zero, so that every transform that it conditions starts at the identity. The context enters as a
     sum: its product with :math:`V` is taken before it is broadcast to the batch of ``x``.
 
+    It is a conditioner of events of any shape, which it sees as vectors.
+
     Args:
-        input_dim: Width of ``x``; may be 0.
-        output_dim: How many coordinates get parameters.
+        input_dim: Width of ``x``, or the shape of its event; may be 0.
+        output_dim: How many coordinates get parameters, or the shape of their event.
         num_params: How many parameters each of them gets.
         context_dim: Width of the context, 0 for none.
         hidden_dims: Widths of the hidden layers, at least one.
@@ -53,8 +57,8 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        input_dim: int,
-        output_dim: int,
+        input_dim: int | Sequence[int],
+        output_dim: int | Sequence[int],
         num_params: int,
         context_dim: int = 0,
         *,
@@ -63,19 +67,18 @@ class MLP(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("input_dim", input_dim), ("context_dim", context_dim)):
-            check_count("MLP", name, size, at_least=0)
-        check_count("MLP", "output_dim", output_dim)
+        self.input_shape = shape_of("MLP", "input_dim", input_dim, at_least=0)
+        check_count("MLP", "context_dim", context_dim, at_least=0)
+        self.output_shape = (*shape_of("MLP", "output_dim", output_dim), num_params)
         check_count("MLP", "num_params", num_params)
         check_counts("MLP", "hidden_dims", hidden_dims)
         check_flag("MLP", "residual", residual)
-        if input_dim + context_dim == 0:
+        self.input_dim, self.context_dim = self.input_shape.numel(), context_dim
+        if self.input_dim + context_dim == 0:
             raise ValueError("MLP: input_dim and context_dim are both 0; use Constant instead.")
-        self.input_dim, self.context_dim = input_dim, context_dim
-        self.output_shape = (output_dim, num_params)
-        self.first = Linear(input_dim, hidden_dims[0]) if input_dim else None
+        self.first = Linear(self.input_dim, hidden_dims[0]) if self.input_dim else None
         self.context = nn.Linear(context_dim, hidden_dims[0]) if context_dim else None
-        last = Linear(hidden_dims[-1], output_dim * num_params)
+        last = Linear(hidden_dims[-1], math.prod(self.output_shape))
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         layers: list[nn.Module] = []
@@ -89,7 +92,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_context("MLP", context, self.context_dim)
         if self.input_dim:
-            check_event("MLP", "x", x, self.input_dim, 1)
+            event_dim = len(self.input_shape)
+            check_event_shape("MLP", "x", x, self.input_shape, event_dim)
+            x = flat_event(x, event_dim)
         if self.context is None:
             batch_shape, h = x.shape[:-1], cast(Linear, self.first)(features_first(x))
         else:
@@ -134,7 +139,7 @@ class Constant(nn.Module):
     .. math:: \theta = \theta_0 + \operatorname{MLP}(c)
 
     Args:
-        output_dim: How many coordinates get parameters.
+        output_dim: How many coordinates get parameters, or the shape of their event.
         num_params: How many parameters each of them gets.
         context_dim: Width of the context, 0 for none.
         hidden_dims: Widths of the hidden layers of the perceptron.
@@ -147,7 +152,7 @@ class Constant(nn.Module):
 
     def __init__(
         self,
-        output_dim: int,
+        output_dim: int | Sequence[int],
         num_params: int,
         context_dim: int = 0,
         *,
@@ -155,17 +160,17 @@ class Constant(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
-        check_count("Constant", "output_dim", output_dim)
+        output_shape = shape_of("Constant", "output_dim", output_dim)
         check_count("Constant", "num_params", num_params, at_least=0)
         check_count("Constant", "context_dim", context_dim, at_least=0)
         check_counts("Constant", "hidden_dims", hidden_dims)
         made_by("Constant", activation)
         self.context_dim = context_dim
-        self.value = nn.Parameter(torch.zeros(output_dim, num_params))
+        self.value = nn.Parameter(torch.zeros(*output_shape, num_params))
         self.net = (
             MLP(
                 0,
-                output_dim,
+                output_shape,
                 num_params,
                 context_dim,
                 hidden_dims=hidden_dims,

@@ -110,7 +110,7 @@ def solve(
         True
     """
     if torch._C._get_tracing_state() is not None:
-        return _by_coordinates(net, g, v, context)
+        return solve_by_coordinates(net, g, v, context)
     layers = cast(Sequence[MaskedLinear], net.layers)
     plan = _Plan(g, net.activation, net.skips, [layer.mask for layer in layers], net.groups, leaf)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -139,15 +139,25 @@ def _parameters_of(g: Map) -> Iterator[Tensor]:
     return owner.parameters() if isinstance(owner, nn.Module) else iter(())
 
 
-def _by_coordinates(
-    net: MaskedNet, g: Map, v: Tensor, context: Tensor | None
+def solve_by_coordinates(
+    net: Callable[[Tensor, Tensor | None], Tensor], g: Map, v: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The solution by one pass a coordinate, which ``torch.jit.trace`` can record.
+    """The solution by one pass a coordinate, of any network that is autoregressive.
 
-    It records neither gradients by hand nor what is chosen by the numbers.
+    It is also what ``torch.jit.trace`` can record, which knows neither gradients by hand nor what
+    is chosen by the numbers.
+
+    Args:
+        net: Takes ``(..., D)`` and the context, returns parameters ``(..., D, P)``.
+        g: One direction of a univariate map.
+        v: Shape ``(..., D)``.
+        context: Shape ``(..., C)``, whose batch broadcasts to that of ``v``; None if there is none.
+
+    Returns:
+        ``z`` of shape ``(..., D)`` and the sum of the ladjs of ``g``, shape ``(...)``.
     """
     z = torch.zeros_like(v)
-    for i in range(net.input_dim):
+    for i in range(v.shape[-1]):
         z_i = g(v, net(z, context))[0][..., i : i + 1]
         z = torch.cat([z[..., :i], z_i, z[..., i + 1 :]], -1)
     z, ladj = g(v, net(z, context))

@@ -43,3 +43,38 @@ def turned(t: Tensor) -> Tensor:
         torch.Size([3, 4, 5])
     """
     return t.permute(tuple(reversed(range(t.dim()))))
+
+
+def flat_event(t: Tensor, event_dim: int) -> Tensor:
+    """Makes a vector of each event: ``(..., *event)`` as ``(..., D)``.
+
+    Args:
+        t: Any shape.
+        event_dim: How many of its last dimensions are the event.
+
+    Example:
+        >>> import torch
+        >>> flat_event(torch.zeros(5, 4, 3), 2).shape, flat_event(torch.zeros(5), 0).shape
+        (torch.Size([5, 12]), torch.Size([5, 1]))
+    """
+    if event_dim == 1:
+        return t
+    start = t.dim() - event_dim
+    return t.reshape(*t.shape[:start], t.shape[start:].numel())
+
+
+def sum_event(t: Tensor, event_dim: int) -> Tensor:
+    """Sums over the event: ``(..., *event)`` becomes ``(...)``.
+
+    Args:
+        t: Any shape.
+        event_dim: How many of its last dimensions are the event.
+
+    Example:
+        >>> import torch
+        >>> sum_event(torch.ones(5, 4, 3), 2).tolist()
+        [12.0, 12.0, 12.0, 12.0, 12.0]
+    """
+    if event_dim == 1:
+        return t.sum(-1)
+    return flat_event(t, event_dim).sum(-1)

@@ -34,6 +34,34 @@ def inner_point(value: Tensor, low: float, high: float) -> Tensor:
     return value.clamp(max(low, kind.min), min(high, kind.max))
 
 
+def over_events(space: Constraint, event_dim: int) -> Constraint:
+    """The space of events whose every entry is in ``space``.
+
+    Args:
+        space: A space of numbers.
+        event_dim: How many dimensions an event has: 1 for vectors.
+
+    Example:
+        >>> over_events(constraints.real, 1) is constraints.real_vector
+        True
+        >>> over_events(constraints.real, 3).event_dim
+        3
+    """
+    if event_dim == 1 and space is constraints.real:
+        return constraints.real_vector
+    return constraints.independent(space, event_dim) if event_dim else space
+
+
+def is_all_real(space: Constraint) -> bool:
+    """Whether a space has every event of real numbers.
+
+    Example:
+        >>> is_all_real(over_events(constraints.real, 3)), is_all_real(constraints.positive)
+        (True, False)
+    """
+    return _of_coordinates(space) is constraints.real
+
+
 def zero_outside(ladj: Tensor, value: Tensor, space: Constraint) -> Tensor:
     """The log-determinant ``ladj``, but -inf where ``value`` is outside of ``space``, or infinite.
 
@@ -78,7 +106,7 @@ def ends(space: Constraint) -> tuple[Tensor, Tensor] | None:
 
 
 def _ends_of_parts(space: constraints.cat) -> tuple[Tensor, Tensor] | None:
-    """Those of each coordinate, ``(D,)``."""
+    """Those of each coordinate, ``(D,)``, or of each entry along the axis of the parts."""
     lows, highs = [], []
     for part, length in zip(space.cseq, space.lengths, strict=True):
         known = ends(part)
@@ -86,7 +114,8 @@ def _ends_of_parts(space: constraints.cat) -> tuple[Tensor, Tensor] | None:
             return None
         lows.append(known[0].expand(length))
         highs.append(known[1].expand(length))
-    return torch.cat(lows), torch.cat(highs)
+    along = (-1, *(1,) * (-1 - space.dim))
+    return torch.cat(lows).reshape(along), torch.cat(highs).reshape(along)
 
 
 def is_within(inner: Constraint, outer: Constraint) -> bool:

@@ -1,4 +1,4 @@
-"""Fit a flow to a table of numbers."""
+"""Fit a flow to rows of numbers, or of events of any shape."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_nf._checks import (
     check_budget,
     check_count,
     check_entries,
+    check_events,
     check_flag,
     check_kind,
     check_number,
     check_patience,
     check_positive,
     check_running,
-    check_table,
 )
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.devices import in_double
+from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.train.baselines import GaussianCopula
 from pyro_nf.train.budget import Budget
 from pyro_nf.train.checkpoint import load_fit
@@ -51,6 +51,7 @@ from pyro_nf.train.table import (
     check_columns_vary,
     check_inside,
     check_nothing_far,
+    columns_of,
     read_table,
     units_of,
     warn_of_repeated_values,
@@ -172,18 +173,23 @@ def fit_density(
     the loss falls, the fit goes back to its best state under more decay. Biases do not decay, so
     that what is left is linear maps and free marginals.
 
+    A row is an event of any shape. Of images ``(C, H, W)`` each channel is a column and has one
+    unit, of other events each entry. Contexts that the flow embeds may be whatever the embedding
+    takes; floating tensors get units before it.
+
     By default the starts are `Standardised` and `Whitened`. If the base of the flow is the standard
     normal, heavy tails bring `StudentTails` of both, and the better of them is tried with
     the normal too; and if a Gaussian mixture found by EM is better on the validation rows than all
     others after their race, the flow starts from that base (`MixtureBase`) and trains on, layers
-    and all.
+    and all. The mixture and the copula are of vectors: for other events they are left out.
 
     Ctrl-C at any moment ends the fit with the best state so far.
 
     Args:
         flow: The flow, changed in place.
-        x: Rows, shape ``(N, D)``, N at least 2.
-        context: Contexts of the rows, shape ``(N, C)``, for a flow that takes them.
+        x: Rows, shape ``(N, D)`` or ``(N, *event_shape)``, N at least 2.
+        context: Contexts of the rows, shape ``(N, C)``, for a flow that takes them; or N of what
+            its embedding takes.
         validation: The share of rows to hold out, or rows, or rows and their contexts.
         max_steps: The most steps, those of the starts included; 5,000 if ``max_seconds`` is not
             given either.
@@ -226,7 +232,7 @@ def fit_density(
         True
     """
     check_kind("fit_density", "flow", flow, Flow, "make one, as nsf(2)")
-    check_table("fit_density", "x", x, flow.input_dim)
+    check_events("fit_density", "x", x, flow.event_shape)
     if not isinstance(validation, (Tensor, tuple)):
         wanted = "a share between 0 and 1, or rows, or rows and their contexts"
         check_number("fit_density", "validation", validation, wanted, above=0, below=1)
@@ -255,7 +261,7 @@ def fit_density(
         x, context, validation = ordinary((x, context, validation))
         with recording("fit_density"):
             table, held_out, units = _read(flow, x, context, validation, seed)
-            n, d = table.y.shape
+            n, d = len(table), table.y[0].numel()
             decay = 10 * min(1.0, (20 * d / n) ** 3) if weight_decay is None else weight_decay
             options = _Options(
                 batch_size=min(max(n // 10, 64), 256) if batch_size is None else batch_size,
@@ -438,6 +444,7 @@ class _Work:
                 else rows
             )
         own = type(start) not in _OUR_STARTS  # which may draw from the global generators
+        rows = self._embedded(rows)
         with own_randomness(self.options.seed) if own else nullcontext():
             start(self.flow, rows.y, rows.context)
 
@@ -466,13 +473,22 @@ class _Work:
             context = units[1].inverse_and_ladj(context)[0]
         return Table(y, context)
 
+    def _embedded(self, seen: Table) -> Table:
+        """Rows and contexts in units, the contexts as an embedding makes them."""
+        embed = self.flow.embed
+        if embed is None or seen.context is None:
+            return seen
+        with torch.no_grad():
+            return Table(seen.y, torch.cat([embed(part.context) for part in seen.pieces()]))
+
     def _fit_baselines(self, may_start: bool) -> None:
-        """A Gaussian mixture, from which the flow may start, and a copula."""
+        """A Gaussian mixture, from which the flow may start, and a copula: of vectors only."""
         flow, budget, result = self.flow, self.budget, self.result
-        if budget.progress(0) > STARTS_SHARE + 0.1:
+        are_vectors = flow.input_dim is not None and flow.base.input_dim is not None
+        if not are_vectors or budget.progress(0) > STARTS_SHARE + 0.1:
             return
         self.given.put_back(flow)
-        held_out = self._seen(self.checked, self.units)
+        held_out = self._embedded(self._seen(self.checked, self.units))
         mixture = MixtureBase(
             (held_out.y, held_out.context),
             budget.part(MIXTURE_SHARE),
@@ -553,7 +569,8 @@ class _Work:
         """Train the flow as it is now for so long."""
         flow, options = self.flow, self.options
         seen = self._seen(self.table, self._own_units())
-        inner = Flow(flow.transform, flow.base)  # the same without units, which cost nothing so
+        # the same without units, which cost nothing so
+        inner = Flow(flow.transform, flow.base, embed=flow.embed)
         log_scales = _log_scales(flow.units)
 
         def loss(batch: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -648,7 +665,7 @@ def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _explain(batch: tuple[Tensor, Tensor | None]) -> str:
-    y = batch[0]
+    y = columns_of(batch[0])
     far = (y.abs() / y.abs().median(0).values.clamp_min(1e-30)).amax(0)
     return f"The farthest entry of that batch is in column {int(far.argmax())}."
 
@@ -670,7 +687,7 @@ def _read(
     codomain = flow.transform.codomain
     check_inside("x", whole.y, codomain)
     check_columns_vary("x", whole.y)
-    if whole.context is not None:
+    if whole.context is not None and flow.embed is None:
         check_columns_vary("context", whole.context)
     if isinstance(validation, (Tensor, tuple)):
         pair = validation if isinstance(validation, tuple) else (validation, None)
@@ -681,23 +698,23 @@ def _read(
     else:
         table, held_out = _split(whole, validation, seed)
     of_rows = _units(table.y, whole.y)
-    of_contexts = None
-    if table.context is not None and whole.context is not None:
-        of_contexts = _units(table.context, whole.context)
-        check_nothing_far("context", whole.context, of_contexts)
+    of_contexts, context = None, whole.context
+    if table.context is not None and context is not None and context.is_floating_point():
+        of_contexts = _units(table.context, context)
+        check_nothing_far("context", context, of_contexts)
     check_nothing_far("x", whole.y, of_rows)
     if table is whole:
         check_nothing_far("validation", held_out.y, of_rows)
         if of_contexts is not None and held_out.context is not None:
             check_nothing_far("the contexts of validation", held_out.context, of_contexts)
     warn_of_repeated_values(whole.y)
-    is_onto_reals = codomain is constraints.real_vector
-    return table, held_out, (of_rows if is_onto_reals else None, of_contexts)
+    return table, held_out, (of_rows if is_all_real(codomain) else None, of_contexts)
 
 
 def _units(training: Tensor, whole: Tensor) -> FixedAffine:
     """Of the training rows, or of all where a column is constant in the former."""
-    varies = (training != training[0]).any(0).all()
+    columns = columns_of(training)
+    varies = (columns != columns[0]).any(0).all()
     return units_of(training if bool(varies) else whole)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_nf._checks import (
     check_context,
     check_count,
+    check_event_rows,
     check_kind,
     check_listed,
     check_rows,
@@ -38,8 +39,8 @@ class Start(ABC):
         Args:
             flow: The flow.
             y: Training rows as ``flow.transform`` sees them: in units of the columns if the flow
-                has units. Shape ``(N, D)``.
-            context: Their contexts likewise, shape ``(N, C)``, or None.
+                has units. Shape ``(N, *event_shape)``.
+            context: Their contexts likewise, in units and embedded, shape ``(N, C)``, or None.
         """
 
 
@@ -56,7 +57,7 @@ class AsGiven(Start):
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Do nothing."""
         check_kind("AsGiven", "flow", flow, Flow)
-        check_rows("AsGiven", "y", y, flow.input_dim)
+        check_event_rows("AsGiven", "y", y, flow.event_shape)
         check_context("AsGiven", context, flow.context_dim)
 
 
@@ -79,7 +80,7 @@ class Standardised(Start):
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers from the data side to the base side."""
         check_kind("Standardised", "flow", flow, Flow)
-        check_rows("Standardised", "y", y, flow.input_dim)
+        check_event_rows("Standardised", "y", y, flow.event_shape)
         check_context("Standardised", context, flow.context_dim)
         flow.transform.start_from_data(y, context, whiten=False)
 
@@ -101,7 +102,7 @@ class Whitened(Start):
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers from the data side to the base side."""
         check_kind("Whitened", "flow", flow, Flow)
-        check_rows("Whitened", "y", y, flow.input_dim)
+        check_event_rows("Whitened", "y", y, flow.event_shape)
         check_context("Whitened", context, flow.context_dim)
         flow.transform.start_from_data(y, context, whiten=True)
 
@@ -133,16 +134,17 @@ class StudentTails(Start):
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Set the layers, then exchange the base."""
         check_kind("StudentTails", "flow", flow, Flow)
-        check_rows("StudentTails", "y", y, flow.input_dim)
+        check_event_rows("StudentTails", "y", y, flow.event_shape)
         check_context("StudentTails", context, flow.context_dim)
         self.start(flow, y, context)
-        flow.base = StudentT(flow.input_dim).to(y)
+        flow.base = StudentT(flow.base.event_shape).to(y)
 
 
 class MixtureBase(Start):
     """Whitened, then a Gaussian mixture, found by EM on the base side, in place of the flow's base.
 
-    Such a flow can have separate clusters. It samples, but its draws carry no gradient.
+    Such a flow can have separate clusters. It samples, but its draws carry no gradient. Only a flow
+    of vectors can have that base.
 
     Args:
         held_out: Rows and contexts that choose the number of components; by default the last tenth
@@ -182,8 +184,13 @@ class MixtureBase(Start):
     def __call__(self, flow: Flow, y: Tensor, context: Tensor | None) -> None:
         """Whiten, then fit the mixture to what the base side sees."""
         check_kind("MixtureBase", "flow", flow, Flow)
-        check_rows("MixtureBase", "y", y, flow.input_dim)
+        check_event_rows("MixtureBase", "y", y, flow.event_shape)
         check_context("MixtureBase", context, flow.context_dim)
+        if flow.base.input_dim is None:
+            raise ValueError(
+                "MixtureBase: flow must have a base of vectors, got one with events of shape "
+                f"{tuple(flow.base.event_shape)}; start such a flow by Whitened()."
+            )
         Whitened()(flow, y, context)
         last = len(y) - max(len(y) // 10, 1)
         held_out = self.held_out
@@ -205,6 +212,6 @@ def has_heavy_tails(y: Tensor) -> bool:
     """Whether an entry of standardised rows is farther out than a normal's ever is.
 
     Args:
-        y: Rows in units of their columns, shape ``(N, D)``.
+        y: Rows in units of their columns, shape ``(N, *event_shape)``.
     """
     return bool((y.abs() > FARTHEST_NORMAL_ROW).any())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_nf._checks import check_context, check_event
+from pyro_nf._checks import check_context, check_events, check_kind
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.devices import in_double
 from pyro_nf.ops.spaces import at_ends, describe
@@ -38,6 +38,7 @@ REPEATED_SHARE = 0.05
 OFTEN = 1 / 500
 FEWEST_REPEATS = 5
 MOST_COUNTED_ROWS = 20_000
+MOST_COUNTED_ENTRIES = 4_000_000
 ROWS_AT_ONCE = 4_096
 
 
@@ -46,8 +47,8 @@ class Table:
     """Rows and their contexts.
 
     Args:
-        y: Shape ``(N, D)``.
-        context: Shape ``(N, C)``, or None.
+        y: Shape ``(N, *event_shape)``.
+        context: Shape ``(N, C)``, or what an embedding takes, or None.
     """
 
     y: Tensor
@@ -77,8 +78,45 @@ class Table:
             yield self.take(rows)
 
 
+def columns_of(values: Tensor) -> Tensor:
+    """The numbers that share a unit, as columns: the channels of images, else each entry.
+
+    Pixels of a channel are of one kind, and some may be the same in all images.
+
+    Args:
+        values: Rows, shape ``(N, *event_shape)``; an event of three or more dimensions is an image,
+            channels first.
+
+    Returns:
+        Shape ``(N, D)``, or ``(N * pixels, C)`` of images.
+
+    Example:
+        >>> columns_of(torch.zeros(5, 3, 8, 8)).shape, columns_of(torch.zeros(5, 2, 4)).shape
+        (torch.Size([320, 3]), torch.Size([5, 8]))
+    """
+    if values.dim() == 2:
+        return values
+    if _is_image(values):
+        return values.movedim(1, -1).reshape(-1, values.shape[1])
+    return values.reshape(len(values), values[:1].numel())
+
+
+def _is_image(values: Tensor) -> bool:
+    return values.dim() >= 4
+
+
+def _of_events(column: Tensor, values: Tensor) -> Tensor:
+    """A number of each column as an event of numbers."""
+    event_shape = values.shape[1:]
+    if _is_image(values):
+        return column.reshape(-1, *(1,) * (len(event_shape) - 1)).expand(event_shape)
+    return column.reshape(event_shape)
+
+
 def units_of(values: Tensor) -> FixedAffine:
     r"""The map :math:`y = m + s y'` after which each column of :math:`y'` has about the unit scale.
+
+    All pixels of a channel of an image have the same :math:`m` and :math:`s` (`columns_of`).
 
     :math:`m` and :math:`s` are mean and standard deviation of the rows, of which those farther than
     100 spreads from the median count as if they lay there. The spread is the distance from the
@@ -86,18 +124,22 @@ def units_of(values: Tensor) -> FixedAffine:
     in spreads, so that no square overflows.
 
     Args:
-        values: Shape ``(N, D)``, with no constant column.
+        values: Shape ``(N, *event_shape)``.
 
     Example:
         >>> units = units_of(torch.tensor([[1e30], [3e30]]))
         >>> [float(f"{value:.3g}") for value in (units.loc.item(), units.scale.item())]
         [2e+30, 1e+30]
     """
-    y = in_double(values)
-    median, spread = _median_and_spread(values)
-    z = ((y - median) / spread).clamp(-FAR, FAR)
+    few = values
+    if _is_image(values):  # of whose pixels a part tells enough
+        few = Table(values, None).some(max(MOST_COUNTED_ENTRIES // values[0].numel(), 1)).y
+    columns = columns_of(few)
+    median, spread = _median_and_spread(columns)
+    z = ((in_double(columns) - median) / spread).clamp(-FAR, FAR)
     scale = z.std(0, correction=0).clamp_min(LEAST_SCALE)
-    return FixedAffine((median + spread * z.mean(0)).to(values), (spread * scale).to(values))
+    m, s = median + spread * z.mean(0), spread * scale
+    return FixedAffine(_of_events(m.to(values), values), _of_events(s.to(values), values))
 
 
 def _median_and_spread(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,18 +180,18 @@ def read_table(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> Tabl
         TypeError: If they are not floating tensors.
         ValueError: If a shape is wrong, or a column is not finite or loses its digits.
     """
-    check_event("fit_density", name, y, flow.input_dim, 1)
-    check_context("fit_density", context, flow.context_dim)
-    if y.dim() != 2:
-        raise ValueError(
-            f"fit_density: {name} must be rows of shape (N, {flow.input_dim}), got "
-            f"{tuple(y.shape)}."
-        )
-    if context is not None and context.shape[:-1] != y.shape[:1]:
-        raise ValueError(
-            f"fit_density: {name} has {len(y)} rows, but context has shape {tuple(context.shape)}; "
-            f"wanted ({len(y)}, {flow.context_dim})."
-        )
+    check_events("fit_density", name, y, flow.event_shape)
+    if flow.embed is None or context is None:
+        check_context("fit_density", context, flow.context_dim)
+    else:
+        check_kind("fit_density", "context", context, Tensor)
+    if context is not None:
+        shape = (len(y), flow.context_dim) if flow.embed is None else (len(y), *context.shape[1:])
+        if context.shape != shape:
+            raise ValueError(
+                f"fit_density: {name} has {len(y)} rows, but context has shape "
+                f"{tuple(context.shape)}; wanted {shape}."
+            )
     y = _in_dtype_of(flow, name, y)
     what = "context" if name == "x" else f"the contexts of {name}"
     return Table(y, None if context is None else _in_dtype_of(flow, what, context))
@@ -157,27 +199,30 @@ def read_table(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> Tabl
 
 def _in_dtype_of(flow: Flow, name: str, values: Tensor) -> Tensor:
     values = values.detach()
+    like = next(flow.parameters(), values)
+    if not values.is_floating_point():  # what an embedding may take, as tokens
+        return values.to(like.device)
     bad = ~values.isfinite()
     if bool(bad.any()):
         raise ValueError(
-            f"fit_density: {_columns(bad.any(0), name)} not finite (NaN or inf in "
-            f"{int(bad.any(-1).sum())} of {len(values)} rows). Drop or fill those rows."
+            f"fit_density: {_columns(columns_of(bad).any(0), name, values)} not finite (NaN or inf "
+            f"in {int(bad.flatten(1).any(1).sum())} of {len(values)} rows). Drop or fill those "
+            "rows."
         )
-    like = next(flow.parameters(), values)
     cast = values.to(like)
     if len(values):
-        lost = _rounded_away(values, cast)
+        lost = _rounded_away(columns_of(values), columns_of(cast))
         if bool(lost.any()):
             raise ValueError(
-                f"fit_density: {_columns(lost, name)} too large, too small or too far from 0 for "
-                f"the digits of {like.dtype}, the dtype of the flow. Call flow.double(), or shift "
-                "and scale the data."
+                f"fit_density: {_columns(lost, name, values)} too large, too small or too far from "
+                f"0 for the digits of {like.dtype}, the dtype of the flow. Call flow.double(), or "
+                "shift and scale the data."
             )
     return cast
 
 
 def _rounded_away(values: Tensor, cast: Tensor) -> Tensor:
-    """Which columns another dtype cannot hold."""
+    """Which columns ``(N, D)`` another dtype cannot hold."""
     y = in_double(values)
     median, spread = _median_and_spread(values)
     far = ((y - median) / spread).abs() > FARTHEST  # such a row is named for that
@@ -193,16 +238,17 @@ def check_columns_vary(name: str, values: Tensor) -> None:
 
     Args:
         name: What the rows are called in the message.
-        values: Shape ``(N, D)``.
+        values: Shape ``(N, *event_shape)``.
     """
-    constant = (values == values[0]).all(0)
+    columns = columns_of(values)
+    constant = (columns == columns[0]).all(0)
     if bool(constant.any()):
         of_rows = (
             "a constant has no density. Drop them, or add noise of the size of their rounding."
         )
         of_contexts = "a constant tells nothing. Drop them, and lower context_dim."
         raise ValueError(
-            f"fit_density: {_columns(constant, name)} constant, and "
+            f"fit_density: {_columns(constant, name, values)} constant, and "
             f"{of_rows if name == 'x' else of_contexts}"
         )
 
@@ -212,16 +258,16 @@ def check_inside(name: str, values: Tensor, space: Constraint) -> None:
 
     Args:
         name: What the rows are called in the message.
-        values: Shape ``(N, D)``.
+        values: Shape ``(N, *event_shape)``.
         space: Codomain of the flow.
     """
     outside = at_ends(values, space)
     if bool(outside.any()):
-        row, column = outside.nonzero()[0].tolist()
+        row, *entry = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"fit_density: row {row} of {name} is {values[row, column].item():.9g} in column "
-            f"{column}, but the flow maps onto {describe(space)}, whose ends have no density "
-            f"({int(outside.any(-1).sum())} such row(s) in all). Drop or correct the row, move it "
+            f"fit_density: row {row} of {name} is {values[(row, *entry)].item():.9g} {_at(entry)}, "
+            f"but the flow maps onto {describe(space)}, whose ends have no density "
+            f"({_count_rows(outside)} such row(s) in all). Drop or correct the row, move it "
             "inside by less than the rounding of the data, or end the flow with another map."
         )
 
@@ -231,29 +277,44 @@ def check_nothing_far(name: str, values: Tensor, units: FixedAffine) -> None:
 
     Args:
         name: What the rows are called in the message.
-        values: Shape ``(N, D)``.
+        values: Shape ``(N, *event_shape)``.
         units: Units of the columns.
     """
     distance = ((in_double(values) - in_double(units.loc)) / in_double(units.scale)).abs()
     far = distance > FARTHEST
     if bool(far.any()):
-        row, column = divmod(int(distance.argmax()), distance.shape[1])
+        row, *entry = (int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
+        noun = _noun(values)
         raise ValueError(
-            f"fit_density: row {row} of {name} is {values[row, column].item():.4g} in column "
-            f"{column}, {distance[row, column].item():.1g} times the spread of that column from "
-            f"the others ({int(far.any(-1).sum())} such row(s) in all). Drop or correct the row, "
-            "or take the logarithm of the column."
+            f"fit_density: row {row} of {name} is {values[(row, *entry)].item():.4g} {_at(entry)}, "
+            f"{distance[(row, *entry)].item():.1g} times the spread of that {noun} from the others "
+            f"({_count_rows(far)} such row(s) in all). Drop or correct the row, or take the "
+            f"logarithm of the {noun}."
         )
+
+
+def _count_rows(which: Tensor) -> int:
+    """In how many rows something holds of an entry."""
+    return int(which.flatten(1).any(1).sum())
+
+
+def _at(entry: list[int]) -> str:
+    """Where an entry of an event is, in words."""
+    return f"in column {entry[0]}" if len(entry) == 1 else f"at {tuple(entry)}"
+
+
+def _noun(values: Tensor) -> str:
+    return "channel" if _is_image(values) else "column"
 
 
 def warn_of_repeated_values(y: Tensor) -> None:
     """Warns once of all columns in which values repeat so often that narrow peaks are rewarded.
 
     Args:
-        y: Rows, shape ``(N, D)``.
+        y: Rows, shape ``(N, *event_shape)``.
     """
-    notes = []
-    for i, column in enumerate(Table(y, None).some(MOST_COUNTED_ROWS).y.T):
+    notes, noun = [], _noun(y)
+    for i, column in enumerate(Table(columns_of(y), None).some(MOST_COUNTED_ROWS).y.T):
         value, count = column.unique(return_counts=True)
         most, where = count.max(0)
         often = count >= max(FEWEST_REPEATS, OFTEN * len(column))
@@ -265,11 +326,11 @@ def warn_of_repeated_values(y: Tensor) -> None:
                 f"{100 * most.item() / len(column):.2g} % of the rows)"
             )
     if notes:
-        what, verb = ("column", "repeats") if len(notes) == 1 else ("columns", "repeat")
+        what, verb = (noun, "repeats") if len(notes) == 1 else (f"{noun}s", "repeat")
         shown = ", ".join(notes[:_MOST_NAMED])
         more = f", and {len(notes) - _MOST_NAMED} more" if len(notes) > _MOST_NAMED else ""
         warnings.warn(
-            f"fit_density: {what} {shown}{more} of x {verb} values. Such a column has no density: "
+            f"fit_density: {what} {shown}{more} of x {verb} values. Such a {noun} has no density: "
             "the loss falls without bound as peaks form on those values, says little, and draws "
             "fall on the peaks. Add noise of the size of the rounding, for example "
             "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
@@ -277,11 +338,13 @@ def warn_of_repeated_values(y: Tensor) -> None:
         )
 
 
-def _columns(which: Tensor, table: str) -> str:
+def _columns(which: Tensor, table: str, values: Tensor) -> str:
+    """Some columns of a table by their numbers, as the subject of a sentence."""
+    noun = _noun(values)
     indices = [int(i) for i in which.nonzero().flatten()]
     names = ", ".join(str(i) for i in indices)
     one = len(indices) == 1
-    return f"column {names} of {table} is" if one else f"columns {names} of {table} are"
+    return f"{noun} {names} of {table} is" if one else f"{noun}s {names} of {table} are"
 
 
 _MOST_NAMED = 8

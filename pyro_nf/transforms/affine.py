@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count, check_finite, check_floating, check_seed, check_tensor
+from pyro_nf._checks import check_count, check_finite, check_floating, check_seed
 from pyro_nf.transforms.base import FlowTransform
 
 
@@ -175,8 +175,9 @@ class FixedAffine(FlowTransform):
     Both directions are exact. It is a buffer: it travels with ``state_dict`` and is not learned.
 
     Args:
-        loc: Shape ``(D,)``.
-        scale: Lower triangular ``(D, D)`` or the diagonal ``(D,)``; the diagonal is positive.
+        loc: Shape ``(D,)``, or the shape of any other event.
+        scale: Lower triangular ``(D, D)``, or the diagonal, of the shape of ``loc``; the diagonal
+            is positive.
 
     Raises:
         ValueError: If a shape is wrong or the diagonal is not positive.
@@ -191,20 +192,23 @@ class FixedAffine(FlowTransform):
     scale: Tensor
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        check_tensor("FixedAffine", "loc", loc, (None,))
+        check_floating("FixedAffine", "loc", loc)
+        check_finite("FixedAffine", "loc", loc)
         check_floating("FixedAffine", "scale", scale)
-        check_count("FixedAffine", "the length of loc", len(loc))
-        super().__init__(len(loc))
-        if scale.shape not in (loc.shape, loc.shape * 2):
+        check_count("FixedAffine", "the number of entries of loc", loc.numel())
+        super().__init__(event_shape=loc.shape)
+        self.is_diagonal = scale.shape == loc.shape
+        if not (self.is_diagonal or (loc.dim() == 1 and scale.shape == loc.shape * 2)):
             raise ValueError(
                 f"FixedAffine: scale has shape {tuple(scale.shape)}, but loc has shape "
-                f"{tuple(loc.shape)}: pass a diagonal of that shape, or a square matrix."
+                f"{tuple(loc.shape)}: pass a diagonal of that shape, or a square matrix for a "
+                "vector loc."
             )
         check_finite("FixedAffine", "scale", scale)
-        diagonal = scale if scale.dim() == 1 else scale.diagonal()
+        diagonal = scale if self.is_diagonal else scale.diagonal()
         if not bool((diagonal > 0).all()):
             raise ValueError("FixedAffine: the diagonal of scale must be positive.")
-        if scale.dim() == 2 and bool(scale.triu(1).any()):
+        if not self.is_diagonal and bool(scale.triu(1).any()):
             raise ValueError(
                 "FixedAffine: scale must be lower triangular, got entries above its diagonal; "
                 "take scale.tril(), or the Cholesky factor of a covariance."
@@ -213,22 +217,22 @@ class FixedAffine(FlowTransform):
         self.register_buffer("scale", scale.detach().clone())
 
     def _ladj(self) -> Tensor:
-        return (self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum()
+        return (self.scale if self.is_diagonal else self.scale.diagonal()).log().sum()
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        scaled = self.scale * x if self.scale.dim() == 1 else x @ self.scale.mT
-        return self.loc + scaled, self._ladj().expand(x.shape[:-1])
+        scaled = self.scale * x if self.is_diagonal else x @ self.scale.mT
+        return self.loc + scaled, self._ladj().expand(x.shape[: x.dim() - self.loc.dim()])
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         centred = y - self.loc
-        x = centred / self.scale if self.scale.dim() == 1 else _solve_rows(self.scale, centred)
-        return x, -self._ladj().expand(y.shape[:-1])
+        x = centred / self.scale if self.is_diagonal else _solve_rows(self.scale, centred)
+        return x, -self._ladj().expand(y.shape[: y.dim() - self.loc.dim()])
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self._forward_and_ladj(x, context)
-        if self.scale.dim() == 1:
+        if self.is_diagonal:
             return y, ladj, score / self.scale
         return y, ladj, _solve_rows(self.scale.mT, score, upper=True)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_choice, check_count, check_flag, check_kind, order_of
+from pyro_nf._checks import check_choice, check_flag, check_kind, event_shape_of, order_of
+from pyro_nf.nn.conditioner import Conditioner, check_autoregressive, in_one_batch, network_of
 from pyro_nf.nn.masked import MaskedNet
-from pyro_nf.nn.triangular import Map, solve, solve_transposed
+from pyro_nf.nn.triangular import Map, solve, solve_by_coordinates, solve_transposed
 from pyro_nf.ops.gradients import apart
-from pyro_nf.ops.layout import in_columns
-from pyro_nf.transforms.base import FlowTransform, over_vectors
+from pyro_nf.ops.layout import flat_event, in_columns
+from pyro_nf.ops.spaces import over_events
+from pyro_nf.transforms.base import FlowTransform
 from pyro_nf.transforms.compiled_leaf import compiled_leaf
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.base import HINT, UnivariateMap
@@ -30,7 +32,8 @@ class Autoregressive(FlowTransform):
     One direction is one pass of the masked network. The other substitutes coordinate after
     coordinate (:mod:`pyro_nf.nn.triangular`) for about the price of a pass, and is as exact as the
     map's own inverse. That direction is differentiable once, and :func:`torch.func.vmap` may map
-    it over inputs and contexts but not over weights.
+    it over inputs and contexts but not over weights. The network of a given ``conditioner`` is run
+    once for each coordinate instead.
 
     *Masked Autoregressive Flow for Density Estimation* (Papamakarios, Pavlakou, Murray, 2017) and
     *Improved Variational Inference with Inverse Autoregressive Flow* (Kingma, Salimans,
@@ -38,18 +41,24 @@ class Autoregressive(FlowTransform):
 
     Args:
         univariate: The map :math:`u`.
-        input_dim: Size of the event.
+        input_dim: Size of the event if it is a vector.
         context_dim: Width of the context, 0 for none.
+        event_shape: Shape of the event, instead of ``input_dim``. Its coordinates are those of the
+            flattened event: the last index runs first.
         hidden_dims: Widths of the hidden layers of the masked network.
         activation: Makes its activation, which must act on each number alone.
         residual: Whether its hidden layers of equal width are joined by a skip.
         order: The coordinates from first to last; their own order if None.
         reverse: Whether to turn the order round.
         fast: The direction that is one pass, "inverse" (densities) or "forward" (sampling).
+        conditioner: Makes another network (:data:`pyro_nf.nn.conditioner.Conditioner`), which must
+            be autoregressive in the coordinates. It sees the event in its shape, in that order.
 
     Raises:
-        ValueError: If a dimension makes no sense, ``order`` is no permutation, or ``fast`` is not
-            one of the two.
+        ValueError: If a dimension makes no sense, ``order`` is no permutation, ``fast`` is not
+            one of the two, or the network of the conditioner does not run, makes another shape or
+            is not autoregressive.
+        TypeError: If the conditioner makes no Module.
 
     Example:
         >>> import torch
@@ -59,24 +68,27 @@ class Autoregressive(FlowTransform):
         [0.0, 1.0, 2.0, 3.0, 4.0]
     """
 
+    event_shape: Size
     order: Tensor | None
     rank: Tensor | None
 
     def __init__(
         self,
         univariate: UnivariateMap,
-        input_dim: int,
+        input_dim: int | None = None,
         context_dim: int = 0,
         *,
+        event_shape: Sequence[int] | None = None,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
         residual: bool = False,
         order: Sequence[int] | Tensor | None = None,
         reverse: bool = False,
         fast: Literal["inverse", "forward"] = "inverse",
+        conditioner: Conditioner | None = None,
     ) -> None:
-        check_count("Autoregressive", "input_dim", input_dim)
-        super().__init__(input_dim, context_dim)
+        shape = event_shape_of("Autoregressive", input_dim, event_shape)
+        super().__init__(context_dim=context_dim, event_shape=shape)
         check_kind("Autoregressive", "univariate", univariate, UnivariateMap, HINT)
         check_choice("Autoregressive", "fast", fast, ("inverse", "forward"))
         check_flag("Autoregressive", "reverse", reverse)
@@ -84,21 +96,29 @@ class Autoregressive(FlowTransform):
         self.univariate = univariate
         self.fast = fast
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
-        self.domain = over_vectors(univariate.domain)
-        self.codomain = over_vectors(univariate.codomain)
+        self.domain = over_events(univariate.domain, len(shape))
+        self.codomain = over_events(univariate.codomain, len(shape))
         self.reverse = reverse
         if order is not None:
-            order = order_of("Autoregressive", "order", order, input_dim)
+            order = order_of("Autoregressive", "order", order, shape.numel())
         self.register_buffer("order", order)
         self.register_buffer("rank", None if order is None else order.argsort())
-        self.net = MaskedNet(
-            input_dim,
-            univariate.num_params,
-            context_dim,
-            hidden_dims=hidden_dims,
-            activation=activation,
-            residual=residual,
-        )
+        self.is_given = conditioner is not None
+        self.net: nn.Module
+        if conditioner is None:
+            self.net = MaskedNet(
+                shape.numel(),
+                univariate.num_params,
+                context_dim,
+                hidden_dims=hidden_dims,
+                activation=activation,
+                residual=residual,
+            )
+        else:
+            self.net = network_of(
+                "Autoregressive", conditioner, shape, shape, univariate.num_params, context_dim
+            )
+            check_autoregressive("Autoregressive", self.net, shape, context_dim)
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         one_pass = self.fast == "forward"
@@ -114,12 +134,22 @@ class Autoregressive(FlowTransform):
         v = self._sorted(value)
         if one_pass:
             v = in_columns(v)  # as the parameters lie in memory
-            z, ladj = direction(apart(v), self.net(v, context))
+            z, ladj = direction(apart(v), self._params(v, context))
             ladj = ladj.sum(-1)
-        else:
+        elif isinstance(self.net, MaskedNet):
             leaf = compiled_leaf(self.univariate, self.fast == "forward", self.net, v)
             z, ladj = solve(self.net, direction, v, context, leaf)
+        else:
+            z, ladj = solve_by_coordinates(self._params, direction, v, context)
         return self._unsorted(z), ladj
+
+    def _params(self, v: Tensor, context: Tensor | None) -> Tensor:
+        """The parameters ``(..., D, P)`` of all coordinates ``(..., D)``."""
+        if not self.is_given:
+            return cast(Tensor, self.net(v, context))
+        event = v.reshape(v.shape[:-1] + self.event_shape)
+        params = in_one_batch(self.net, event, len(self.event_shape), context)
+        return params.reshape(*v.shape, self.univariate.num_params)
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
@@ -136,7 +166,7 @@ class Autoregressive(FlowTransform):
 
         where :math:`\ell` is the ladj of :math:`u`.
         """
-        if self.fast == "inverse":
+        if self.fast == "inverse" or not isinstance(self.net, MaskedNet):
             return super()._push_score(x, score, context)
         v = in_columns(self._sorted(x))
         sums = self.net.sums(v, context)
@@ -150,12 +180,16 @@ class Autoregressive(FlowTransform):
         return self._unsorted(y), ladj.sum(-1), self._unsorted(r)
 
     def _sorted(self, value: Tensor) -> Tensor:
-        v = value if self.order is None else value.index_select(-1, self.order)
+        """The coordinates ``(..., D)`` in their order."""
+        v = flat_event(value, len(self.event_shape))
+        v = v if self.order is None else v.index_select(-1, self.order)
         return v.flip(-1) if self.reverse else v
 
     def _unsorted(self, z: Tensor) -> Tensor:
+        """The event of coordinates that are in their order."""
         z = z.flip(-1) if self.reverse else z
-        return z if self.rank is None else z.index_select(-1, self.rank)
+        z = z if self.rank is None else z.index_select(-1, self.rank)
+        return z if len(self.event_shape) == 1 else z.reshape(z.shape[:-1] + self.event_shape)
 
 
 def affine_autoregressive(

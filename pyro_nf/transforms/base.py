@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -12,27 +12,29 @@ from typing import Literal, cast
 import torch
 from pyro.distributions import TransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform
-from torch import Tensor, nn
-from torch.distributions.constraints import independent
+from torch import Size, Tensor, nn
 
 from pyro_nf._checks import (
     check_context,
     check_count,
-    check_dims,
     check_dtype,
-    check_event,
+    check_event_shape,
     check_flag,
     check_floating,
     check_kind,
     check_listed,
     check_tensor,
+    event_shape_of,
     floating_dtype,
+    input_dim_of,
     joint_batch_shape,
+    size_of,
 )
 from pyro_nf.ops.gradients import gradients, unwatched
-from pyro_nf.ops.spaces import describe, is_within
+from pyro_nf.ops.layout import flat_event
+from pyro_nf.ops.spaces import describe, is_within, over_events
 
-# Above this many dimensions a slow but exact inverse costs less than a Jacobian.
+# Above this many numbers in an event a slow but exact inverse costs less than a Jacobian.
 _MAX_JACOBIAN_DIM = 32
 
 Fast = Literal["forward", "inverse", "both", "neither"]
@@ -44,11 +46,6 @@ def _without_needless_graph(value: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor
     if (value.requires_grad or ladj.requires_grad) and not torch.is_grad_enabled():
         return value.detach(), ladj.detach()
     return value, ladj
-
-
-def over_vectors(space: constraints.Constraint) -> constraints.Constraint:
-    """The space of vectors whose every coordinate is in ``space``."""
-    return constraints.real_vector if space is constraints.real else independent(space, 1)
 
 
 class FlowTransform(TransformModule, ConditionalTransform):
@@ -64,17 +61,25 @@ class FlowTransform(TransformModule, ConditionalTransform):
     it, and returns a ladj that is summed over the event. This class makes the rest: checks,
     broadcasting, the call, ``.inv``, ``.condition(context)``, ``log_abs_det_jacobian``.
 
+    An event is a vector of ``input_dim`` numbers, or has any ``event_shape``, an image
+    ``(C, H, W)`` for example. Where ``y`` has another shape than ``x``, a subclass overrides
+    ``forward_shape`` and ``inverse_shape``.
+
     It is a :class:`torch.distributions.Transform`, a :class:`torch.nn.Module` and a Pyro
     ``ConditionalTransform`` at once. Nothing is cached: every call computes with the parameters as
     they are. One class serves with context (``context_dim > 0``) and without.
 
     Args:
-        input_dim: Size of the event, or None if any size will do.
+        input_dim: Size of the event if it is a vector. If ``event_shape`` is None too, any size
+            will do.
         context_dim: Width of the context, 0 for none.
+        event_shape: Shape of the event ``x``, instead of ``input_dim``.
 
     Attributes:
         fast: The direction that costs one pass ("forward", "inverse", "both", or "neither").
         inverse_kind: Whether the inverse is "exact" or "numeric" (solved to a tolerance).
+        event_shape: Shape of the event ``x``; None if any will do.
+        input_dim: Its size if it is a vector, else None.
 
     Raises:
         ValueError: If a dimension makes no sense.
@@ -83,14 +88,95 @@ class FlowTransform(TransformModule, ConditionalTransform):
     bijective = True
     fast: Fast = "both"
     inverse_kind: InverseKind = "exact"
-    domain: constraints.Constraint = constraints.real_vector
-    codomain: constraints.Constraint = constraints.real_vector
 
-    def __init__(self, input_dim: int | None, context_dim: int = 0) -> None:
+    def __init__(
+        self,
+        input_dim: int | None = None,
+        context_dim: int = 0,
+        *,
+        event_shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        check_dims(type(self).__name__, input_dim, context_dim)
-        self.input_dim = input_dim
+        owner = type(self).__name__
+        check_count(owner, "context_dim", context_dim, at_least=0)
+        self.event_shape: Size | None = None
+        if input_dim is not None or event_shape is not None:
+            self.event_shape = event_shape_of(owner, input_dim, event_shape)
+        self.input_dim = input_dim_of(self.event_shape)
         self.context_dim = context_dim
+        self._output_shape: Size | None = None
+        self._space_of_x: constraints.Constraint | None = None
+        self._space_of_y: constraints.Constraint | None = None
+
+    @property
+    def output_shape(self) -> Size | None:
+        """Shape of the event ``y``; None if any will do."""
+        if self._output_shape is None and self.event_shape is not None:
+            self._output_shape = self.forward_shape(self.event_shape)
+        return self._output_shape
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        """The space of ``x``: all real events of its shape, unless a subclass says otherwise."""
+        if self._space_of_x is None:
+            self._space_of_x = _all_real(self.event_shape)
+        return self._space_of_x
+
+    @domain.setter
+    def domain(self, space: constraints.Constraint) -> None:
+        self._space_of_x = space
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """The space of ``y``: all real events of its shape, unless a subclass says otherwise."""
+        if self._space_of_y is None:
+            self._space_of_y = _all_real(self.output_shape)
+        return self._space_of_y
+
+    @codomain.setter
+    def codomain(self, space: constraints.Constraint) -> None:
+        self._space_of_y = space
+
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        """The shape of ``y`` for an ``x`` of this shape, batch and event.
+
+        Args:
+            shape: A shape that ends in ``event_shape``.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        return self._kept(shape, self.event_shape, self.domain)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        """The shape of ``x`` for a ``y`` of this shape, batch and event.
+
+        Args:
+            shape: A shape that ends in the shape of the event ``y``.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        return self._kept(shape, self.event_shape, self.codomain)
+
+    def _kept(
+        self, shape: Sequence[int], event_shape: Size | None, space: constraints.Constraint
+    ) -> Size:
+        """The shape itself; raises unless an event of the space can have it."""
+        owner = type(self).__name__
+        shape = size_of(owner, "shape", shape)
+        if event_shape is None:
+            if len(shape) < space.event_dim:
+                raise ValueError(
+                    f"{owner}: shape must have at least {space.event_dim} dimension(s), those of "
+                    f"an event, got {tuple(shape)}."
+                )
+        elif shape[max(len(shape) - len(event_shape), 0) :] != event_shape:
+            raise ValueError(
+                f"{owner}: shape must end in event_shape = {tuple(event_shape)}, got "
+                f"{tuple(shape)}."
+            )
+        return shape
 
     @abstractmethod
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,18 +190,18 @@ class FlowTransform(TransformModule, ConditionalTransform):
         r"""Maps base to data in one pass.
 
         Args:
-            x: Points on the base side, shape ``(..., D)``.
+            x: Points on the base side, shape ``(..., *event_shape)``.
             context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
 
         Returns:
-            ``y`` of shape ``(..., D)``, and :math:`\log|\det \partial y/\partial x|` without the
-            last dimension.
+            ``y`` of shape ``(..., *output_shape)``, and
+            :math:`\log|\det \partial y/\partial x|`, of shape ``(...)``.
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
             TypeError: If an argument is not a floating tensor of the dtype of the parameters.
         """
-        x = self._expand("x", x, context, self.domain)
+        x = self._expand("x", x, context, self.event_shape, self.domain)
         y, ladj = _without_needless_graph(*self._forward_and_ladj(x, context))
         return y.contiguous(), ladj  # draws are for the user, who may call y.view
 
@@ -123,18 +209,18 @@ class FlowTransform(TransformModule, ConditionalTransform):
         r"""Maps data to base in one pass.
 
         Args:
-            y: Points on the data side, shape ``(..., D)``.
+            y: Points on the data side, shape ``(..., *output_shape)``.
             context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``y``.
 
         Returns:
-            ``x`` of shape ``(..., D)``, and :math:`\log|\det \partial x/\partial y|` without the
-            last dimension.
+            ``x`` of shape ``(..., *event_shape)``, and
+            :math:`\log|\det \partial x/\partial y|`, of shape ``(...)``.
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
             TypeError: If an argument is not a floating tensor of the dtype of the parameters.
         """
-        y = self._expand("y", y, context, self.codomain)
+        y = self._expand("y", y, context, self.output_shape, self.codomain)
         return _without_needless_graph(*self._inverse_and_ladj(y, context))
 
     def push_score(
@@ -145,13 +231,13 @@ class FlowTransform(TransformModule, ConditionalTransform):
         .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log|\det J|)
 
         Args:
-            x: Points on the base side, shape ``(..., D)``.
+            x: Points on the base side, shape ``(..., *event_shape)``.
             score: :math:`\nabla_x \log p(x)`, of that shape.
             context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
 
         Returns:
             ``y`` and the ladj as of :meth:`forward_and_ladj`, and :math:`\nabla_y \log q(y)` of
-            shape ``(..., D)``, without a graph.
+            the shape of ``y``, without a graph.
 
         Raises:
             ValueError: If a shape is wrong, or the context is missing or superfluous.
@@ -170,10 +256,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
                 context = None if context is None else context.clone()
                 return self.push_score(x.clone(), score.clone(), context)
         recorded = torch.is_grad_enabled()
-        x = self._expand("x", x, context, self.domain)
+        x = self._expand("x", x, context, self.event_shape, self.domain)
         x = x if recorded else x.detach()
         check_floating(type(self).__name__, "score", score)
-        score = self._expand("score", score.detach(), context, self.domain)
+        score = self._expand("score", score.detach(), context, self.event_shape, self.domain)
         y, ladj, score = self._push_score(x, score, context)
         if not recorded:
             y, ladj = y.detach(), ladj.detach()
@@ -186,7 +272,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
         Whatever the grad mode, ``y`` and the ladj may have a graph.
         """
-        cheap = self.fast in ("inverse", "both") or x.shape[-1] > _MAX_JACOBIAN_DIM
+        event_dim, out_dim = self.domain.event_dim, self.codomain.event_dim
+        count = x.shape[x.dim() - event_dim :].numel()
+        cheap = self.fast in ("inverse", "both") or count > _MAX_JACOBIAN_DIM
         if cheap and self.inverse_kind == "exact":
             y, ladj = self._forward_and_ladj(x, context)
             with torch.enable_grad():
@@ -197,27 +285,35 @@ class FlowTransform(TransformModule, ConditionalTransform):
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             y, ladj = self._forward_and_ladj(x, context)
-            rows = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-            each = rows.reshape(-1, *(1,) * (y.dim() - 1), y.shape[-1]).expand(-1, *y.shape)
+            event = y.shape[y.dim() - out_dim :]
+            rows = torch.eye(count, dtype=y.dtype, device=y.device)
+            each = rows.reshape(-1, *(1,) * (y.dim() - out_dim), *event).expand(-1, *y.shape)
             with unwatched():
                 (J_T,) = torch.autograd.grad(y, x, each, retain_graph=True, is_grads_batched=True)
             (slope,) = gradients(ladj, x)
-        J_T = J_T.movedim(0, -1)
-        pushed, failed = torch.linalg.solve_ex(J_T, (score - slope).unsqueeze(-1))
-        return y, ladj, torch.where(failed.unsqueeze(-1) != 0, torch.nan, pushed.squeeze(-1))
+        J_T = flat_event(J_T, event_dim).movedim(0, -1)
+        rest = flat_event(score - slope, event_dim).unsqueeze(-1)
+        pushed, failed = torch.linalg.solve_ex(J_T, rest)
+        pushed = torch.where(failed.unsqueeze(-1) != 0, torch.nan, pushed.squeeze(-1))
+        return y, ladj, pushed.reshape(y.shape)
 
     def _expand(
-        self, name: str, value: Tensor, context: Tensor | None, space: constraints.Constraint
+        self,
+        name: str,
+        value: Tensor,
+        context: Tensor | None,
+        event_shape: Size | None,
+        space: constraints.Constraint,
     ) -> Tensor:
-        owner = type(self).__name__
-        check_event(owner, name, value, self.input_dim, space.event_dim)
+        owner, event_dim = type(self).__name__, space.event_dim
+        check_event_shape(owner, name, value, event_shape, event_dim)
         check_context(owner, context, self.context_dim)
         dtype = floating_dtype(self)
         check_dtype(owner, name, value, dtype)
         if context is not None:
             check_dtype(owner, "context", context, dtype)
-        batch_shape = joint_batch_shape(owner, name, value, context, space.event_dim)
-        return value.expand(batch_shape + value.shape[value.dim() - space.event_dim :])
+        batch_shape = joint_batch_shape(owner, name, value, context, event_dim)
+        return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
 
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
@@ -225,12 +321,12 @@ class FlowTransform(TransformModule, ConditionalTransform):
         """Sets what can be set from data, and returns the data as the base side then sees them.
 
         Args:
-            y: Data, shape ``(N, D)``.
+            y: Data, shape ``(N, *output_shape)``.
             context: Their contexts, shape ``(N, context_dim)``.
             whiten: Whether linear maps remove correlations too, not only means and scales.
 
         Returns:
-            ``x`` of shape ``(N, D)``.
+            ``x`` of shape ``(N, *event_shape)``.
         """
         self._check_rows(y, context, whiten)
         with torch.no_grad():
@@ -239,7 +335,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def _check_rows(self, y: Tensor, context: Tensor | None, whiten: bool) -> None:
         """Raises unless ``start_from_data`` can take its arguments."""
         owner = type(self).__name__
-        check_tensor(owner, "y", y, (None, self.input_dim))
+        check_tensor(
+            owner, "y", y, (None, *(self.output_shape or (None,) * self.codomain.event_dim))
+        )
         if not len(y):
             raise ValueError(f"{owner}: y must have at least one row, got {tuple(y.shape)}.")
         check_context(owner, context, self.context_dim)
@@ -265,6 +363,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def _described(self) -> list[str]:
         """What is shown in the parentheses."""
         shown = [] if self.input_dim is None else [f"input_dim={self.input_dim}"]
+        if self.input_dim is None and self.event_shape is not None:
+            shown = [f"event_shape={tuple(self.event_shape)}"]
         shown += [f"context_dim={self.context_dim}"] if self.context_dim else []
         shown += [f"fast={self.fast!r}"] if self.fast != "both" else []
         univariate = getattr(self, "univariate", None)
@@ -282,11 +382,12 @@ class FlowTransform(TransformModule, ConditionalTransform):
         r"""Returns :math:`\log|\det \partial y/\partial x|`, by the direction that is fast.
 
         Args:
-            x: Points on the base side, shape ``(..., D)``.
-            y: Their images, shape ``(..., D)``.
+            x: Points on the base side, shape ``(..., *event_shape)``.
+            y: Their images, shape ``(..., *output_shape)``.
         """
-        check_event(type(self).__name__, "x", x, self.input_dim, self.domain.event_dim)
-        check_event(type(self).__name__, "y", y, self.input_dim, self.codomain.event_dim)
+        owner = type(self).__name__
+        check_event_shape(owner, "x", x, self.event_shape, self.domain.event_dim)
+        check_event_shape(owner, "y", y, self.output_shape, self.codomain.event_dim)
         if self.fast == "inverse":
             return -self.inverse_and_ladj(y)[1]
         return self.forward_and_ladj(x)[1]
@@ -315,7 +416,7 @@ class Inverse(FlowTransform):
 
     def __init__(self, transform: FlowTransform) -> None:
         check_kind("Inverse", "transform", transform, FlowTransform)
-        super().__init__(transform.input_dim, transform.context_dim)
+        super().__init__(context_dim=transform.context_dim, event_shape=transform.output_shape)
         swapped: dict[Fast, Fast] = {"forward": "inverse", "inverse": "forward"}
         self.transform = transform
         self.fast = swapped.get(transform.fast, transform.fast)
@@ -328,6 +429,12 @@ class Inverse(FlowTransform):
     @property
     def inv(self) -> FlowTransform:
         return self.transform
+
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.forward_shape(shape)
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform._inverse_and_ladj(x, context)
@@ -357,7 +464,7 @@ class Conditioned(FlowTransform):
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         check_kind("Conditioned", "transform", transform, FlowTransform)
-        super().__init__(transform.input_dim)
+        super().__init__(event_shape=transform.event_shape)
         check_count("Conditioned", "transform.context_dim", transform.context_dim)
         check_context(type(transform).__name__, context, transform.context_dim)
         check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
@@ -365,6 +472,16 @@ class Conditioned(FlowTransform):
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
         self.domain, self.codomain = transform.domain, transform.codomain
         self.register_buffer("context", context, persistent=False)
+
+    @property
+    def output_shape(self) -> Size | None:
+        return self.transform.output_shape
+
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.forward_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        return self.transform.inverse_shape(shape)
 
     def _described(self) -> list[str]:
         return [repr(self.transform), f"context of shape {tuple(self.context.shape)}"]
@@ -391,7 +508,7 @@ class Chain(FlowTransform):
         parts: Transforms in forward order, at least one.
 
     Raises:
-        ValueError: If there is no part, or if neighbours do not fit: their sizes differ, or what
+        ValueError: If there is no part, or if neighbours do not fit: their shapes differ, or what
             the one makes lies outside of what the next one takes.
         TypeError: If a part is not a FlowTransform.
 
@@ -417,15 +534,24 @@ class Chain(FlowTransform):
                     f"part {i + 1}, {type(following).__name__}, takes {_points(following.domain)}. "
                     "Put a map from the one onto the other between them, or change their order."
                 )
-        input_dim = _common_dim("input_dim", [p.input_dim for p in parts if p.input_dim])
-        context_dim = _common_dim("context_dim", [p.context_dim for p in parts if p.context_dim])
-        super().__init__(input_dim, context_dim or 0)
+        context_dims = [part.context_dim for part in parts if part.context_dim]
+        if len(set(context_dims)) > 1:
+            raise ValueError(f"Chain: all parts must share one context_dim, got {context_dims}.")
+        super().__init__(context_dim=max(context_dims, default=0), event_shape=_first_shape(parts))
         self.parts = nn.ModuleList(parts)
         self.fast = _common_way([part.fast for part in parts])
         self.inverse_kind = (
             "exact" if all(part.inverse_kind == "exact" for part in parts) else "numeric"
         )
         self.domain, self.codomain = parts[0].domain, parts[-1].codomain
+
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        shape = size_of("Chain", "shape", shape)
+        return reduce(lambda shape, part: part.forward_shape(shape), self._parts(), shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        shape, parts = size_of("Chain", "shape", shape), reversed(self._parts())
+        return reduce(lambda shape, part: part.inverse_shape(shape), parts, shape)
 
     def __repr__(self) -> str:
         parts = self._parts()
@@ -483,10 +609,31 @@ def indented(text: str) -> str:
     return text.replace("\n", "\n  ")
 
 
-def _common_dim(name: str, dims: list[int]) -> int | None:
-    if len(set(dims)) > 1:
-        raise ValueError(f"Chain: all parts must share one {name}, got {dims}.")
-    return dims[0] if dims else None
+def _all_real(event_shape: Size | None) -> constraints.Constraint:
+    """All events of a shape; all vectors if it is not known."""
+    return over_events(constraints.real, 1 if event_shape is None else len(event_shape))
+
+
+def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
+    """The event shape that a chain takes, None for any; raises if neighbours do not fit."""
+    known = [i for i, part in enumerate(parts) if part.event_shape is not None]
+    if not known:
+        return None
+    first = shape = reduce(
+        lambda shape, part: part.inverse_shape(shape),
+        reversed(parts[: known[0]]),
+        cast(Size, parts[known[0]].event_shape),
+    )
+    for i, part in enumerate(parts):
+        if part.event_shape not in (None, shape):
+            raise ValueError(
+                f"Chain: part {i - 1}, {type(parts[i - 1]).__name__}, makes events of shape "
+                f"{tuple(shape)}, but part {i}, {type(part).__name__}, takes events of shape "
+                f"{tuple(part.event_shape or ())}. Give both the same event_shape (for "
+                "vectors, input_dim), or put a map from the one onto the other between them."
+            )
+        shape = part.forward_shape(shape)
+    return first
 
 
 def _common_way(ways: list[Fast]) -> Fast:

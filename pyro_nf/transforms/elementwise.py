@@ -6,12 +6,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_count, check_kind
+from pyro_nf._checks import check_count, check_kind, event_shape_of
+from pyro_nf.nn.conditioner import Conditioner, in_one_batch, network_of
 from pyro_nf.nn.mlp import Constant
 from pyro_nf.ops.gradients import gradients
-from pyro_nf.transforms.base import FlowTransform, over_vectors
+from pyro_nf.ops.layout import sum_event
+from pyro_nf.ops.spaces import over_events
+from pyro_nf.transforms.base import FlowTransform
 from pyro_nf.univariate import fixed
 from pyro_nf.univariate.base import HINT, UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic
@@ -25,13 +28,18 @@ class Elementwise(FlowTransform):
 
     Args:
         univariate: The map :math:`u`.
-        input_dim: Size of the event.
+        input_dim: Size of the event if it is a vector.
         context_dim: Width of the context, 0 for none.
+        event_shape: Shape of the event, instead of ``input_dim``.
         hidden_dims: Widths of the hidden layers of the perceptron.
         activation: Makes its activation.
+        conditioner: Makes another network of the context
+            (:data:`pyro_nf.nn.conditioner.Conditioner`). It sees no ``x``: ``in_shape`` is (0,).
 
     Raises:
-        ValueError: If a dimension makes no sense.
+        ValueError: If a dimension makes no sense, or the network of the conditioner does not run or
+            makes another shape.
+        TypeError: If the conditioner makes no Module.
 
     Example:
         >>> import torch
@@ -40,38 +48,49 @@ class Elementwise(FlowTransform):
         [0.0, 1.0, 2.0]
     """
 
+    event_shape: Size
+
     def __init__(
         self,
         univariate: UnivariateMap,
-        input_dim: int,
+        input_dim: int | None = None,
         context_dim: int = 0,
         *,
+        event_shape: Sequence[int] | None = None,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        conditioner: Conditioner | None = None,
     ) -> None:
-        check_count("Elementwise", "input_dim", input_dim)
-        super().__init__(input_dim, context_dim)
+        shape = event_shape_of("Elementwise", input_dim, event_shape)
+        super().__init__(context_dim=context_dim, event_shape=shape)
         check_kind("Elementwise", "univariate", univariate, UnivariateMap, HINT)
         univariate.refuse_hidden_weights("Elementwise")
         self.univariate = univariate
         self.inverse_kind = "exact" if univariate.exact_inverse else "numeric"
-        self.domain = over_vectors(univariate.domain)
-        self.codomain = over_vectors(univariate.codomain)
-        self.net = Constant(
-            input_dim,
-            univariate.num_params,
-            context_dim,
-            hidden_dims=hidden_dims,
-            activation=activation,
-        )
+        self.domain = over_events(univariate.domain, len(shape))
+        self.codomain = over_events(univariate.codomain, len(shape))
+        self.is_given = conditioner is not None
+        self.net: nn.Module
+        if conditioner is None:
+            self.net = Constant(
+                shape,
+                univariate.num_params,
+                context_dim,
+                hidden_dims=hidden_dims,
+                activation=activation,
+            )
+        else:
+            self.net = network_of(
+                "Elementwise", conditioner, Size((0,)), shape, univariate.num_params, context_dim
+            )
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, ladj = self.univariate.forward_and_ladj(x, self._params(x, context))
-        return y, ladj.sum(-1)
+        return y, sum_event(ladj, len(self.event_shape))
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ladj = self.univariate.inverse_and_ladj(y, self._params(y, context))
-        return x, ladj.sum(-1)
+        return x, sum_event(ladj, len(self.event_shape))
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
@@ -80,20 +99,29 @@ class Elementwise(FlowTransform):
             x = x if x.requires_grad else x.detach().requires_grad_()
             y, ladj = self.univariate.forward_and_ladj(x, self._params(x, context))
             (slope,) = gradients(ladj, x)
-        return y, ladj.sum(-1), (score - slope) * (-ladj.detach()).exp()
+        score = (score - slope) * (-ladj.detach()).exp()
+        return y, sum_event(ladj, len(self.event_shape)), score
 
     def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.is_given:
+            nothing = x.new_empty(*x.shape[: x.dim() - len(self.event_shape)], 0)
+            return in_one_batch(self.net, nothing, 1, context)
         params: Tensor = self.net(None, context)
         return params.expand(*x.shape, params.shape[-1])
 
 
 class Fixed(FlowTransform):
-    """A univariate map without parameters on each coordinate of an event of any size."""
+    """A univariate map without parameters on each coordinate of an event of any size.
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.domain = over_vectors(self.univariate.domain)
-        self.codomain = over_vectors(self.univariate.codomain)
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
+    """
+
+    def __init__(self, *, event_dim: int = 1) -> None:
+        super().__init__()
+        check_count(type(self).__name__, "event_dim", event_dim, at_least=0)
+        self.domain = over_events(self.univariate.domain, event_dim)
+        self.codomain = over_events(self.univariate.codomain, event_dim)
 
     @property
     @abstractmethod
@@ -102,15 +130,18 @@ class Fixed(FlowTransform):
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, ladj = self.univariate.forward_and_ladj(x, x.new_empty(*x.shape, 0))
-        return y, ladj.sum(-1)
+        return y, sum_event(ladj, self.event_dim)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ladj = self.univariate.inverse_and_ladj(y, y.new_empty(*y.shape, 0))
-        return x, ladj.sum(-1)
+        return x, sum_event(ladj, self.event_dim)
 
 
 class Softsign(Fixed):
     """:class:`pyro_nf.univariate.Softsign` on each coordinate: reals onto (-1, 1), exact inverse.
+
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
 
     Example:
         >>> import torch
@@ -124,6 +155,9 @@ class Softsign(Fixed):
 class Tanh(Fixed):
     """:class:`pyro_nf.univariate.Tanh` on each coordinate: reals onto (-1, 1), exact inverse.
 
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
+
     Example:
         >>> import torch
         >>> Tanh()(torch.zeros(2)).tolist()
@@ -135,6 +169,9 @@ class Tanh(Fixed):
 
 class Sigmoid(Fixed):
     """:class:`pyro_nf.univariate.Sigmoid` on each coordinate: reals onto (0, 1), exact inverse.
+
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
 
     Example:
         >>> import torch
@@ -148,6 +185,9 @@ class Sigmoid(Fixed):
 class Exp(Fixed):
     """:class:`pyro_nf.univariate.Exp` on each coordinate: reals onto positives, exact inverse.
 
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
+
     Example:
         >>> import torch
         >>> Exp()(torch.zeros(2)).tolist()
@@ -159,6 +199,9 @@ class Exp(Fixed):
 
 class Softplus(Fixed):
     """:class:`pyro_nf.univariate.Softplus` on each coordinate: reals onto positives, exact inverse.
+
+    Args:
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
 
     Example:
         >>> import torch
@@ -174,6 +217,7 @@ class LeakyReLU(Fixed):
 
     Args:
         slope: The slope of the negative half.
+        event_dim: How many dimensions an event has: 1 for vectors, 3 for images.
 
     Raises:
         ValueError: If ``slope`` is not positive.
@@ -186,8 +230,8 @@ class LeakyReLU(Fixed):
 
     univariate = fixed.LeakyReLU()
 
-    def __init__(self, slope: float = 0.01) -> None:
-        super().__init__()
+    def __init__(self, slope: float = 0.01, *, event_dim: int = 1) -> None:
+        super().__init__(event_dim=event_dim)
         self.univariate = fixed.LeakyReLU(slope)
 
 
