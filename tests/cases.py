@@ -9,15 +9,119 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_nf import flows, transforms, univariate
 from pyro_nf.flows.flow import Flow
+from pyro_nf.nn.conv import ConvNet
+from pyro_nf.nn.masked import MaskedNet
+from pyro_nf.nn.mlp import MLP
+from pyro_nf.ops.roots import solve_increasing
 from pyro_nf.transforms.base import FlowTransform
 from pyro_nf.univariate.base import UnivariateMap
 
 HIDDEN = (16, 16)
 CONTEXT_DIM = 2
+IMAGE = (2, 4, 4)
+BOARD = (torch.arange(4).unsqueeze(-1) + torch.arange(4)) % 2 == 0
+
+
+class Squeeze(FlowTransform):
+    """Space to depth, ``(C, 2 H, 2 W)`` to ``(4 C, H, W)``, of images of any even size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.domain = self.codomain = torch.distributions.constraints.independent(
+            torch.distributions.constraints.real, 3
+        )
+
+    def forward_shape(self, shape):
+        *batch, c, h, w = shape
+        return torch.Size((*batch, 4 * c, h // 2, w // 2))
+
+    def inverse_shape(self, shape):
+        *batch, c, h, w = shape
+        return torch.Size((*batch, c // 4, 2 * h, 2 * w))
+
+    def _forward_and_ladj(self, x, context):
+        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        pixels = x.unflatten(-1, (w, 2)).unflatten(-3, (h, 2))  # (C, h, 2, w, 2)
+        y = pixels.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
+        return y, x.new_zeros(x.shape[:-3])
+
+    def _inverse_and_ladj(self, y, context):
+        x = y.unflatten(-3, (y.shape[-3] // 4, 2, 2)).movedim((-4, -3), (-3, -1))
+        return x.flatten(-2).flatten(-3, -2), y.new_zeros(y.shape[:-3])
+
+
+class Flatten(FlowTransform):
+    """Images as vectors, twice as far from 0: the event has another number of dimensions."""
+
+    def __init__(self, event_shape) -> None:
+        super().__init__(event_shape=event_shape)
+        self.event = torch.Size(event_shape)
+
+    def forward_shape(self, shape):
+        return torch.Size((*shape[: len(shape) - len(self.event)], self.event.numel()))
+
+    def inverse_shape(self, shape):
+        return torch.Size((*shape[:-1], *self.event))
+
+    def _ladj(self, x, batch):
+        return x.new_tensor(2.0).log().mul(self.event.numel()).expand(batch)
+
+    def _forward_and_ladj(self, x, context):
+        y = 2 * x.reshape(self.forward_shape(x.shape))
+        return y, self._ladj(x, y.shape[:-1])
+
+    def _inverse_and_ladj(self, y, context):
+        return y.reshape(self.inverse_shape(y.shape)) / 2, -self._ladj(y, y.shape[:-1])
+
+
+class Bent(UnivariateMap):
+    """y = t + x + tanh(a)^2 tanh(x): slope by autograd, numeric inverse."""
+
+    num_params = 2
+    exact_inverse = False
+
+    def _y_and_slope(self, x, params):
+        t, a = params.unbind(-1)
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            y = t + x + a.tanh().square() * x.tanh()
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y, slope
+
+    def forward_and_ladj(self, x, params):
+        y, slope = self._y_and_slope(x, params)
+        return y, slope.log()
+
+    def inverse_and_ladj(self, y, params):
+        bound = 1 + params[..., 0].abs()
+        x = solve_increasing(
+            lambda x: self._y_and_slope(x, params), y, y - bound, y + bound, "Bent"
+        )
+        return x, -self._y_and_slope(x, params)[1].log()
+
+
+class Raster(nn.Module):
+    """A masked network of images, as a user may write one: it knows one batch dimension."""
+
+    def __init__(self, in_shape, out_shape, num_params, context_dim) -> None:
+        super().__init__()
+        self.net = MaskedNet(in_shape.numel(), num_params, context_dim, hidden_dims=(9,))
+        self.shape = (*out_shape, num_params)
+
+    def forward(self, x, context):
+        return self.net(x.flatten(1), context).unflatten(1, self.shape[:-1])
+
+
+def small_conv(*sizes) -> ConvNet:
+    return ConvNet(*sizes, hidden_channels=4, count_blocks=1)
+
+
+def perceptron(*sizes) -> MLP:
+    return MLP(*sizes, hidden_dims=HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -65,12 +169,19 @@ def _plain() -> dict[str, Callable[[], FlowTransform]]:
         "LULinear": lambda: t.LULinear(4),
         "LULinear-one": lambda: t.LULinear(1),
         "LeakyReLU": lambda: t.LeakyReLU(0.3),
+        "FixedAffine-image": lambda: t.FixedAffine(
+            torch.linspace(-1, 1, 8).reshape(2, 2, 2), torch.linspace(1, 2, 8).reshape(2, 2, 2)
+        ),
+        "Flatten": lambda: Flatten((1, 2, 3)),
         "Permutation": lambda: t.Permutation([2, 0, 1]),
         "Permutation-random": lambda: t.Permutation.random(5, seed=3),
         "Sigmoid": t.Sigmoid,
+        "Sigmoid-image": lambda: t.Sigmoid(event_dim=3),
         "Softplus": t.Softplus,
         "Softsign": t.Softsign,
+        "Squeeze": Squeeze,
         "Tanh": t.Tanh,
+        "Tanh-number": lambda: t.Tanh(event_dim=0),
     }
 
 
@@ -95,8 +206,42 @@ def _with_context() -> dict[str, Callable[[int], FlowTransform]]:
         "Coupling-one": lambda c: t.Coupling(u.Affine(), 1, c, hidden_dims=HIDDEN),
         "Coupling-sinh": lambda c: t.Coupling(u.SinhArcsinh(), 4, c, hidden_dims=HIDDEN),
         "Coupling-spline": lambda c: t.Coupling(rq, 4, c, hidden_dims=HIDDEN),
+        "Autoregressive-bent": lambda c: t.Autoregressive(Bent(), 3, c, hidden_dims=HIDDEN),
+        "Autoregressive-image": lambda c: t.Autoregressive(
+            u.Affine(), None, c, event_shape=(1, 2, 3), hidden_dims=HIDDEN, fast="forward"
+        ),
+        "Autoregressive-given": lambda c: t.Autoregressive(
+            u.Affine(), None, c, event_shape=(1, 2, 2), reverse=True, conditioner=Raster
+        ),
+        "Chain-image": lambda c: t.Chain(
+            [
+                t.Elementwise(u.Affine(), None, c, event_shape=(1, 4, 4), hidden_dims=HIDDEN),
+                Squeeze(),
+                t.Coupling(
+                    u.Affine(), None, c, event_shape=(4, 2, 2), axis=0, conditioner=small_conv
+                ),
+                Squeeze().inv,
+                Flatten((1, 4, 4)),
+                t.LULinear(16),
+            ]
+        ),
+        "Coupling-bent": lambda c: t.Coupling(Bent(), 3, c, hidden_dims=HIDDEN),
+        "Coupling-board": lambda c: t.Coupling(
+            u.Affine(), None, c, event_shape=IMAGE, mask=BOARD, conditioner=small_conv
+        ),
+        "Coupling-channels": lambda c: t.Coupling(
+            u.Affine(), None, c, event_shape=IMAGE, axis=-3, conditioner=small_conv
+        ),
+        "Coupling-columns": lambda c: t.Coupling(
+            u.Affine(), None, c, event_shape=(2, 5), axis=-1, swap=True, hidden_dims=HIDDEN
+        ),
+        "Coupling-given": lambda c: t.Coupling(u.Affine(), 4, c, swap=True, conditioner=perceptron),
+        "Coupling-mask": lambda c: t.Coupling(
+            u.Affine(), 4, c, mask=torch.tensor([True, False, False, True]), hidden_dims=HIDDEN
+        ),
         "Elementwise-affine": lambda c: t.Elementwise(u.Affine(), 3, c, hidden_dims=HIDDEN),
         "Elementwise-interval": lambda c: t.Elementwise(unit, 3, c, hidden_dims=HIDDEN),
+        "Elementwise-bent": lambda c: t.Elementwise(Bent(), 3, c, hidden_dims=HIDDEN),
         "Inverse": lambda c: t.Inverse(t.Coupling(u.Affine(), 4, c, hidden_dims=HIDDEN)),
         "Planar": lambda c: t.Planar(3, c, hidden_dims=HIDDEN),
         "Planar-one": lambda c: t.Planar(1, c, hidden_dims=HIDDEN),

@@ -300,6 +300,7 @@ def start() -> infer.Start:
     return infer.Start(torch.zeros(1), torch.ones(1), -1.0)
 
 
+SHAPE_OF_EVENT = takes("no list", "no tuple")
 SIZES: dict[str, Kind] = {"input_dim": COUNT, "context_dim": COUNT_0, "hidden_dims": WIDTHS}
 SPLINE: dict[str, Kind] = {"count_bins": COUNT | takes(one=lambda: 1), "bound": POSITIVE}
 CONTEXT = takes("nan tensor", "inf tensor")  # of width 2, as contexts here are
@@ -370,7 +371,13 @@ def _conditioners() -> dict[str, Door]:
                 "activation": nn.ReLU,
                 "residual": False,
             },
-            SIZES | net | {"input_dim": COUNT_0, "output_dim": COUNT, "num_params": COUNT},
+            SIZES
+            | net
+            | {
+                "input_dim": SHAPE_OF_EVENT | takes("zero", "range of one"),
+                "output_dim": SHAPE_OF_EVENT,
+                "num_params": COUNT,
+            },
         ),
         "MLP.forward": Door(
             lambda **given: n.MLP(2, 2, 2, 1, hidden_dims=(4,))(**given),
@@ -386,22 +393,65 @@ def _conditioners() -> dict[str, Door]:
                 "hidden_dims": (4,),
                 "activation": nn.ReLU,
             },
-            SIZES | net | {"output_dim": COUNT, "num_params": COUNT_0},
+            SIZES | net | {"output_dim": SHAPE_OF_EVENT, "num_params": COUNT_0},
         ),
         "Constant.forward": Door(
             lambda **given: n.Constant(2, 2, 1, hidden_dims=(4,))(**given),
             lambda: {"x": None, "context": rows(3, 1)},
             {"x": ANYTHING, "context": DATA},
         ),
+        "ConvNet": Door(
+            n.ConvNet,
+            lambda: {
+                "in_shape": (2, 4, 4),
+                "out_shape": (1, 4, 4),
+                "num_params": 2,
+                "context_dim": 1,
+                "hidden_channels": 4,
+                "count_blocks": 1,
+                "kernel_size": 3,
+                "activation": nn.ReLU,
+            },
+            {
+                "in_shape": takes(other=lambda: (2, 4, 5), flat=lambda: (2,)),
+                "out_shape": takes(other=lambda: (2, 4, 5), flat=lambda: (2,)),
+                "num_params": COUNT,
+                "context_dim": COUNT_0,
+                "hidden_channels": COUNT,
+                "count_blocks": COUNT_0,
+                "kernel_size": COUNT | takes(even=lambda: 2),
+                "activation": ACTIVATION,
+            },
+        ),
+        "ConvNet.forward": Door(
+            lambda **given: n.ConvNet((1, 3, 2), (1, 3, 2), 2, 1, hidden_channels=4)(**given),
+            lambda: {"x": torch.zeros(3, 1, 3, 2), "context": rows(3, 1)},
+            {"x": DATA, "context": DATA},
+        ),
     }
 
 
 def _transforms() -> dict[str, Door]:
     t, u = transforms, univariate
-    scheme = SIZES | {"univariate": OBJECT, "activation": ACTIVATION}
+    layer = SIZES | {"activation": ACTIVATION}
+    scheme = layer | {
+        "univariate": OBJECT,
+        "event_shape": OPTIONAL,
+        "conditioner": OPTIONAL
+        | takes(
+            one=lambda: lambda *sizes: nn.Linear(1, 1),
+            none_made=lambda: lambda *sizes: None,
+            other=lambda: lambda *sizes: conditioners.MLP(3, 2, 7),
+        ),
+    }
 
     def with_map(**more: object) -> Callable[[], dict[str, Any]]:
-        return lambda: sizes() | {"univariate": u.Affine(), "activation": nn.ReLU} | more
+        return lambda: (
+            sizes()
+            | {"univariate": u.Affine(), "activation": nn.ReLU}
+            | {"event_shape": None, "conditioner": None}
+            | more
+        )
 
     def of_points(call: Callable[..., Any], name: str, takes_context: bool = True) -> Door:
         good = {name: rows()} | ({"context": rows(3, 1)} if takes_context else {})
@@ -417,6 +467,16 @@ def _transforms() -> dict[str, Door]:
             },
             {"y": DATA, "context": DATA if context else OPTIONAL, "whiten": FLAG},
         )
+
+    def shapes_of(transform: t.FlowTransform) -> dict[str, Door]:
+        return {
+            f"{type(transform).__name__}.{way}_shape": Door(
+                getattr(transform, f"{way}_shape"),
+                lambda: {"shape": (3, 2)},
+                {"shape": takes(other=lambda: (3, 4))},
+            )
+            for way in ("forward", "inverse")
+        }
 
     one = {"input_dim": COUNT}
     doors = {
@@ -456,7 +516,20 @@ def _transforms() -> dict[str, Door]:
             t.Permutation.random, lambda: {"input_dim": 3, "seed": 0}, one | {"seed": SEED}
         ),
         "Permutation.reverse": Door(t.Permutation.reverse, lambda: {"input_dim": 3}, one),
-        "Coupling": Door(t.Coupling, with_map(swap=False), scheme | {"swap": FLAG}),
+        "Coupling": Door(
+            t.Coupling,
+            with_map(swap=False, axis=None, mask=None),
+            scheme
+            | {
+                "swap": FLAG,
+                "axis": OPTIONAL | takes("zero", "negative", far=lambda: 1),
+                "mask": OPTIONAL
+                | takes(
+                    all=lambda: torch.ones(3, dtype=torch.bool),
+                    nothing=lambda: torch.zeros(3, dtype=torch.bool),
+                ),
+            },
+        ),
         "Elementwise": Door(t.Elementwise, with_map(), scheme),
         "Autoregressive": Door(
             t.Autoregressive,
@@ -470,8 +543,8 @@ def _transforms() -> dict[str, Door]:
                 "fast": OBJECT | takes(both=lambda: "both"),
             },
         ),
-        "Planar": Door(t.Planar, lambda: sizes() | {"activation": nn.ReLU}, scheme),
-        "Radial": Door(t.Radial, lambda: sizes() | {"activation": nn.ReLU}, scheme),
+        "Planar": Door(t.Planar, lambda: sizes() | {"activation": nn.ReLU}, layer),
+        "Radial": Door(t.Radial, lambda: sizes() | {"activation": nn.ReLU}, layer),
         "Chain": Door(
             t.Chain,
             lambda: {"parts": [t.ActNorm(2), t.LULinear(2)]},
@@ -483,7 +556,22 @@ def _transforms() -> dict[str, Door]:
             lambda: {"transform": coupling(), "context": rows(3, 1)},
             {"transform": OBJECT | takes(unconditional=lambda: t.ActNorm(2)), "context": DATA},
         ),
-        "LeakyReLU": Door(t.LeakyReLU, lambda: {"slope": 0.1}, {"slope": POSITIVE}),
+        "LeakyReLU": Door(
+            t.LeakyReLU,
+            lambda: {"slope": 0.1, "event_dim": 1},
+            {"slope": POSITIVE, "event_dim": COUNT_0},
+        ),
+        **{
+            name: Door(getattr(t, name), lambda: {"event_dim": 1}, {"event_dim": COUNT_0})
+            for name in ("Exp", "Sigmoid", "Softplus", "Softsign", "Tanh")
+        },
+        **shapes_of(t.Chain([t.ActNorm(2)])),
+        **shapes_of(t.Inverse(t.ActNorm(2))),
+        **shapes_of(coupling().parts[0].condition(rows(3, 1))),
+        **{
+            f"FlowTransform.{name.split('.')[1]}": door
+            for name, door in shapes_of(t.ActNorm(2)).items()
+        },
         "FlowTransform.forward_and_ladj": of_points(coupling().forward_and_ladj, "x"),
         "FlowTransform.inverse_and_ladj": of_points(coupling().inverse_and_ladj, "y"),
         "FlowTransform.push_score": Door(
@@ -568,8 +656,13 @@ def _flows() -> dict[str, Door]:
         ),
         "Flow": Door(
             f.Flow,
-            lambda: {"transform": transforms.ActNorm(2), "base": f.DiagonalNormal(2)},
+            lambda: {
+                "transform": transforms.ActNorm(2),
+                "base": f.DiagonalNormal(2),
+                "embed": None,
+            },
             {
+                "embed": OPTIONAL,
                 "transform": OBJECT | takes(other=lambda: transforms.ActNorm(3)),
                 "base": OPTIONAL | takes(other=lambda: f.DiagonalNormal(3)),
             },
@@ -603,9 +696,10 @@ def _flows() -> dict[str, Door]:
         ),
         "DiagonalNormal": Door(
             f.DiagonalNormal,
-            lambda: {"input_dim": 2, "loc": 0.0, "scale": 1.0},
+            lambda: {"event_shape": 2, "loc": 0.0, "scale": 1.0, "input_dim": None},
             {
-                "input_dim": COUNT,
+                "event_shape": SHAPE_OF_EVENT,
+                "input_dim": OPTIONAL,
                 "loc": NUMBER | takes("scalar", two=lambda: torch.zeros(3)),
                 "scale": POSITIVE
                 | takes(
@@ -633,7 +727,9 @@ def _flows() -> dict[str, Door]:
             says={"means": "factors"},
         ),
         "StudentT": Door(
-            f.StudentT, lambda: {"input_dim": 2, "df": 3.0}, {"input_dim": COUNT, "df": POSITIVE}
+            f.StudentT,
+            lambda: {"event_shape": 2, "df": 3.0, "input_dim": None},
+            {"event_shape": SHAPE_OF_EVENT, "df": POSITIVE, "input_dim": OPTIONAL},
         ),
         "DiagonalNormal.forward": batch_of(lambda: f.DiagonalNormal(2)),
         "GaussianMixture.forward": batch_of(lambda: f.GaussianMixture(2, 2)),

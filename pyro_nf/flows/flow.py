@@ -184,7 +184,7 @@ class Flow(nn.Module):
             ValueError: If the context is missing, superfluous or of the wrong width.
             TypeError: If it is no tensor, or of another dtype than the flow.
         """
-        c = self.embedded(context)
+        c = self._embedded(context)
         base_dist = self.base() if c is None else self.base(c.shape[:-1])
         return FlowDistribution(base_dist, self._given(c), self)
 
@@ -194,14 +194,14 @@ class Flow(nn.Module):
         Args:
             context: As the flow takes it, in its own units; None if it takes none.
         """
-        return self._given(None if context is None else self.embedded(context))
+        return self._given(None if context is None else self._embedded(context))
 
     def _given(self, c: Tensor | None) -> FlowTransform:
         """The map to the data in their own units, given contexts as the transform sees them."""
         transform = self.transform if c is None else self.transform.condition(c)
         return transform if self.units is None else _InUnits(transform, self.units)
 
-    def embedded(self, context: Tensor | None) -> Tensor | None:
+    def _embedded(self, context: Tensor | None) -> Tensor | None:
         """The contexts as the transform sees them: in units, and embedded.
 
         Args:
@@ -480,8 +480,8 @@ def _rebuilt(
     name, arguments = header.get("recipe") or (None, {})
     if name not in _RECIPES:
         raise InvalidFile(
-            f"Flow.load: {str(path)!r} holds a flow that no recipe built, or one with an embedding "
-            f"(its recipe is {str(name)[:40]!r}); build the same flow and pass it as "
+            f"Flow.load: {str(path)!r} holds a flow that no recipe built, or one with an "
+            f"embedding, got recipe {str(name)[:40]!r}; build the same flow and pass it as "
             "Flow.load(path, into=flow)."
         )
     base, sizes = header["base"]

@@ -263,9 +263,9 @@ def check_inside(name: str, values: Tensor, space: Constraint) -> None:
     """
     outside = at_ends(values, space)
     if bool(outside.any()):
-        row, *entry = outside.nonzero()[0].tolist()
+        place = tuple(outside.nonzero()[0].tolist())
         raise ValueError(
-            f"fit_density: row {row} of {name} is {values[(row, *entry)].item():.9g} {_at(entry)}, "
+            f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} {_at(place)}, "
             f"but the flow maps onto {describe(space)}, whose ends have no density "
             f"({_count_rows(outside)} such row(s) in all). Drop or correct the row, move it "
             "inside by less than the rounding of the data, or end the flow with another map."
@@ -283,11 +283,11 @@ def check_nothing_far(name: str, values: Tensor, units: FixedAffine) -> None:
     distance = ((in_double(values) - in_double(units.loc)) / in_double(units.scale)).abs()
     far = distance > FARTHEST
     if bool(far.any()):
-        row, *entry = (int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
+        place = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
         noun = _noun(values)
         raise ValueError(
-            f"fit_density: row {row} of {name} is {values[(row, *entry)].item():.4g} {_at(entry)}, "
-            f"{distance[(row, *entry)].item():.1g} times the spread of that {noun} from the others "
+            f"fit_density: row {place[0]} of {name} is {values[place].item():.4g} {_at(place)}, "
+            f"{distance[place].item():.1g} times the spread of that {noun} from the others "
             f"({_count_rows(far)} such row(s) in all). Drop or correct the row, or take the "
             f"logarithm of the {noun}."
         )
@@ -298,9 +298,9 @@ def _count_rows(which: Tensor) -> int:
     return int(which.flatten(1).any(1).sum())
 
 
-def _at(entry: list[int]) -> str:
-    """Where an entry of an event is, in words."""
-    return f"in column {entry[0]}" if len(entry) == 1 else f"at {tuple(entry)}"
+def _at(place: tuple[int, ...]) -> str:
+    """Where an entry is in its row, in words."""
+    return f"in column {place[1]}" if len(place) == 2 else f"at {place[1:]}"
 
 
 def _noun(values: Tensor) -> str:
