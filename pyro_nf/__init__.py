@@ -1,6 +1,6 @@
 """Normalizing flows that live inside Pyro."""
 
-from pyro_nf import flows, infer, plots, testing, train, transforms, univariate
+from pyro_nf import flows, infer, nn, plots, testing, train, transforms, univariate
 from pyro_nf.flows.flow import Flow
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.posterior.posterior import Posterior
@@ -17,6 +17,7 @@ __all__ = [
     "fit_svi",
     "flows",
     "infer",
+    "nn",
     "plots",
     "testing",
     "train",

@@ -1,4 +1,4 @@
-"""Invertible maps of vectors, as Pyro transforms and torch modules at once."""
+"""Invertible maps of events, as Pyro transforms and torch modules at once."""
 
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import (

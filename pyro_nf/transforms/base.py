@@ -629,7 +629,7 @@ def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
             raise ValueError(
                 f"Chain: part {i - 1}, {type(parts[i - 1]).__name__}, makes events of shape "
                 f"{tuple(shape)}, but part {i}, {type(part).__name__}, takes events of shape "
-                f"{tuple(part.event_shape or ())}. Give both the same event_shape (for "
+                f"{tuple(part.event_shape or ())}. Give both parts the same event_shape (for "
                 "vectors, input_dim), or put a map from the one onto the other between them."
             )
         shape = part.forward_shape(shape)

@@ -43,15 +43,16 @@ def test_11_a_transform_with_numbers_takes_its_dtype_alone(row: Row) -> None:
     transform = randomize(transform).float()
     tensors = [*transform.parameters(), *transform.buffers()]
     has_dtype = any(t.is_floating_point() for t in tensors)
-    x = torch.full((2, transform.input_dim or 3), 0.5)
+    event_shape = transform.event_shape or (4,) * transform.domain.event_dim
+    x = torch.full((2, *event_shape), 0.5)
     context = torch.zeros(transform.context_dim) if transform.context_dim else None
-    calls = (transform.forward_and_ladj, transform.inverse_and_ladj)
-    for call in calls:
+    y = transform.forward_and_ladj(x, context)[0].detach()
+    for call, value in ((transform.forward_and_ladj, x), (transform.inverse_and_ladj, y)):
         if has_dtype:
             with pytest.raises(TypeError, match=IN_WORDS):
-                call(x.double(), context)
+                call(value.double(), context)
         else:
-            assert {t.dtype for t in call(x.double(), context)} == {torch.float64}
+            assert {t.dtype for t in call(value.double(), context)} == {torch.float64}
     if has_dtype:
         with pytest.raises(TypeError, match=IN_WORDS):
             transform.push_score(x, x.double(), context)
