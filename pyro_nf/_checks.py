@@ -419,6 +419,8 @@ def event_shape_of(
 
 def shape_of(owner: str, name: str, value: int | Sequence[int], at_least: int = 1) -> Size:
     """A size or a shape as a shape; raises unless it is made of integers that are large enough."""
+    if type(value) is Size and min(value, default=at_least) >= at_least:
+        return value  # of integers, as torch has checked
     if is_count(value):
         check_count(owner, name, cast(int, value), at_least)
         return Size((cast(int, value),))

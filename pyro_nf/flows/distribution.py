@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from pyro_nf._checks import check_dtype, check_flag, check_kind, floating_dtype, size_of
 from pyro_nf.ops.layout import flat_event
@@ -61,27 +61,13 @@ class FlowDistribution(dist.TransformedDistribution):
         check_kind("FlowDistribution", "owner", owner, nn.Module, optional=True)
         if validate_args is not None:
             check_flag("FlowDistribution", "validate_args", validate_args)
-        event_shape = base_dist.event_shape
-        if len(event_shape) != transform.domain.event_dim or transform.event_shape not in (
-            None,
-            event_shape,
-        ):
-            wanted = (
-                f"events of {transform.domain.event_dim} dimension(s)"
-                if transform.event_shape is None
-                else f"events of shape {tuple(transform.event_shape)}"
-            )
-            raise ValueError(
-                f"FlowDistribution: base_dist has event_shape {tuple(event_shape)}, but the "
-                f"transform {type(transform).__name__} takes {wanted}. Take another base, or call "
-                "base_dist.to_event(n) for dimensions of its batch that belong to the event."
-            )
+        event_shape = _event_shape(base_dist.event_shape, transform)
         # TransformedDistribution would look for shapes that do not fit yet, which takes as long as
         # a tenth of a small layer; here the base has the batch shape of the whole.
         self.base_dist, self.transforms, self.transform = base_dist, [transform], transform
         super(torch.distributions.TransformedDistribution, self).__init__(  # type: ignore[misc]
             base_dist.batch_shape,
-            transform.output_shape or transform.forward_shape(event_shape),
+            event_shape,
             validate_args=validate_args,
         )
         self._owner = transform if owner is None else owner
@@ -184,6 +170,24 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
+
+
+def _event_shape(event_shape: Size, transform: FlowTransform) -> Size:
+    """What the transform makes of the base's event shape; raises if it does not take that."""
+    if event_shape == transform.event_shape:
+        return cast(Size, transform.output_shape)
+    if transform.event_shape is None and len(event_shape) == transform.domain.event_dim:
+        return transform.forward_shape(event_shape)
+    wanted = (
+        f"events of {transform.domain.event_dim} dimension(s)"
+        if transform.event_shape is None
+        else f"events of shape {tuple(transform.event_shape)}"
+    )
+    raise ValueError(
+        f"FlowDistribution: base_dist has event_shape {tuple(event_shape)}, but the transform "
+        f"{type(transform).__name__} takes {wanted}. Take another base, or call "
+        "base_dist.to_event(n) for dimensions of its batch that belong to the event."
+    )
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -439,7 +439,7 @@ class _InUnits(FlowTransform):
         super().__init__(context_dim=transform.context_dim, event_shape=transform.event_shape)
         self.transform, self.units = transform, units
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
-        self.domain, self.codomain = transform.domain, units.codomain
+        self.domain = transform.domain
 
     @property
     def output_shape(self) -> Size | None:

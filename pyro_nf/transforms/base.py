@@ -88,6 +88,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
     bijective = True
     fast: Fast = "both"
     inverse_kind: InverseKind = "exact"
+    # What follows from the shape of x until somebody asks, or a subclass says otherwise.
+    _output_shape: Size | None = None
+    _space_of_x: constraints.Constraint | None = None
+    _space_of_y: constraints.Constraint | None = None
 
     def __init__(
         self,
@@ -104,9 +108,6 @@ class FlowTransform(TransformModule, ConditionalTransform):
             self.event_shape = event_shape_of(owner, input_dim, event_shape)
         self.input_dim = input_dim_of(self.event_shape)
         self.context_dim = context_dim
-        self._output_shape: Size | None = None
-        self._space_of_x: constraints.Constraint | None = None
-        self._space_of_y: constraints.Constraint | None = None
 
     @property
     def output_shape(self) -> Size | None:
@@ -470,7 +471,7 @@ class Conditioned(FlowTransform):
         check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
         self.transform = transform
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
-        self.domain, self.codomain = transform.domain, transform.codomain
+        self._space_of_x, self._space_of_y = transform.domain, transform.codomain
         self.register_buffer("context", context, persistent=False)
 
     @property
