@@ -154,10 +154,10 @@ def plot_density(
     check_count("plot_density", "resolution", resolution, at_least=2)
     check_seed("plot_density", seed)
     if flow.input_dim not in (1, 2):
+        size = f"event_shape {tuple(flow.event_shape)}"
+        size = size if flow.input_dim is None else f"input_dim {flow.input_dim}"
         raise ValueError(
-            f"plot_density: the flow has events of shape {tuple(flow.event_shape)}, wanted (1,) or "
-            "(2,), input_dim 1 or 2; draw its "
-            "samples with pair_plot."
+            f"plot_density: the flow has {size}, wanted 1 or 2; draw its samples with pair_plot."
         )
     check_tensor("plot_density", "data", data, (None, flow.input_dim), optional=True)
     if data is not None and not len(data):

@@ -47,6 +47,28 @@ def test_a_vector_is_as_it_was():
     assert t.Coupling(Affine(), event_shape=(4,)).input_dim == 4
 
 
+def test_a_space_of_ones_own_stays():
+    class Squares(t.FlowTransform):
+        """Squares of positive numbers, which the class says."""
+
+        domain = codomain = constraints.independent(constraints.positive, 2)
+
+        def _forward_and_ladj(self, x, context):
+            return x.square(), (2 * x).log().sum((-1, -2))
+
+        def _inverse_and_ladj(self, y, context):
+            return y.sqrt(), -(2 * y.sqrt()).log().sum((-1, -2))
+
+    squares = Squares(event_shape=(2, 3))
+    assert squares.domain is Squares.domain and squares.inv.codomain is Squares.domain
+    x = torch.rand(5, 2, 3) + 0.1
+    torch.testing.assert_close(squares.inv(squares(x)), x)
+    with pytest.raises(
+        ValueError, match="makes 2-D events in the real numbers, but part 1, Squares"
+    ):
+        t.Chain([t.Elementwise(Affine(), event_shape=(2, 3)), squares])
+
+
 @pytest.mark.parametrize("way", ["forward_shape", "inverse_shape"])
 def test_a_shape_that_does_not_fit_is_refused(way):
     with pytest.raises(ValueError, match=r"LULinear: shape must end in event_shape = \(3,\), got"):
