@@ -224,9 +224,9 @@ def shapes_are_told(transform: FlowTransform) -> None:
     """``forward_shape`` and ``inverse_shape`` say what comes out, as do the spaces."""
     x, context = _x(transform, 2, 3), _context(transform, 3)
     y, ladj = transform.forward_and_ladj(x, context)
-    got = transform.forward_shape(x.shape)
+    got = torch.Size(transform.forward_shape(x.shape))
     assert got == y.shape, f"forward_shape is {tuple(got)}, but y has shape {tuple(y.shape)}"
-    got = transform.inverse_shape(y.shape)
+    got = torch.Size(transform.inverse_shape(y.shape))
     assert got == x.shape, f"inverse_shape is {tuple(got)}, but x has shape {tuple(x.shape)}"
     for name, value, space, shape in (
         ("domain", x, transform.domain, transform.event_shape),

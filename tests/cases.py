@@ -62,10 +62,10 @@ class Flatten(FlowTransform):
         self.event = torch.Size(event_shape)
 
     def forward_shape(self, shape):
-        return torch.Size((*shape[: len(shape) - len(self.event)], self.event.numel()))
+        return [*shape[: len(shape) - len(self.event)], self.event.numel()]
 
     def inverse_shape(self, shape):
-        return torch.Size((*shape[:-1], *self.event))
+        return (*shape[:-1], *self.event)
 
     def _ladj(self, x, batch):
         return x.new_tensor(2.0).log().mul(self.event.numel()).expand(batch)

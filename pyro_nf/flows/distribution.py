@@ -177,7 +177,7 @@ def _event_shape(event_shape: Size, transform: FlowTransform) -> Size:
     if event_shape == transform.event_shape:
         return cast(Size, transform.output_shape)
     if transform.event_shape is None and len(event_shape) == transform.domain.event_dim:
-        return transform.forward_shape(event_shape)
+        return Size(transform.forward_shape(event_shape))
     wanted = (
         f"events of {transform.domain.event_dim} dimension(s)"
         if transform.event_shape is None

@@ -166,7 +166,7 @@ class Flow(nn.Module):
         self.base = base
         self.transform = transform
         self.embed = embed
-        self.event_shape = transform.forward_shape(base.event_shape)
+        self.event_shape = Size(transform.forward_shape(base.event_shape))
         self.input_dim = input_dim_of(self.event_shape)
         self.context_dim: int = transform.context_dim
         self.recipe: tuple[str, dict[str, Any]] | None = None
@@ -391,11 +391,9 @@ class Flow(nn.Module):
         with Bounded(tensors):
             new_base = self.base if name is None else self.base_of_kind(name, sizes)
         like = next(self.parameters(), torch.empty(0))
-        seen = tensors.get("context_units.loc")
-        shapes = {
-            "units": self.event_shape,
-            "context_units": seen.shape if self.embed and seen is not None else (self.context_dim,),
-        }
+        shapes = {"units": self.event_shape, "context_units": Size((self.context_dim,))}
+        if self.embed is not None and "context_units.loc" in tensors:  # of any shape
+            shapes["context_units"] = tensors["context_units.loc"].shape
         wanted = {n: t for n, t in self.state_dict().items() if not n.startswith(_NOT_BUILT)}
         wanted |= {f"base.{n}": t for n, t in new_base.state_dict().items()}
         return wanted | {

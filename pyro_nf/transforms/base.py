@@ -113,7 +113,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def output_shape(self) -> Size | None:
         """Shape of the event ``y``; None if any will do."""
         if self._output_shape is None and self.event_shape is not None:
-            self._output_shape = self.forward_shape(self.event_shape)
+            self._output_shape = Size(self.forward_shape(self.event_shape))
         return self._output_shape
 
     @property
@@ -548,11 +548,15 @@ class Chain(FlowTransform):
 
     def forward_shape(self, shape: Sequence[int]) -> Size:
         shape = size_of("Chain", "shape", shape)
-        return reduce(lambda shape, part: part.forward_shape(shape), self._parts(), shape)
+        for part in self._parts():
+            shape = Size(part.forward_shape(shape))
+        return shape
 
     def inverse_shape(self, shape: Sequence[int]) -> Size:
-        shape, parts = size_of("Chain", "shape", shape), reversed(self._parts())
-        return reduce(lambda shape, part: part.inverse_shape(shape), parts, shape)
+        shape = size_of("Chain", "shape", shape)
+        for part in reversed(self._parts()):
+            shape = Size(part.inverse_shape(shape))
+        return shape
 
     def __repr__(self) -> str:
         parts = self._parts()
@@ -621,7 +625,7 @@ def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
     if not known:
         return None
     first = shape = reduce(
-        lambda shape, part: part.inverse_shape(shape),
+        lambda shape, part: Size(part.inverse_shape(shape)),
         reversed(parts[: known[0]]),
         cast(Size, parts[known[0]].event_shape),
     )
@@ -633,7 +637,7 @@ def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
                 f"{tuple(part.event_shape or ())}. Give both parts the same event_shape (for "
                 "vectors, input_dim), or put a map from the one onto the other between them."
             )
-        shape = part.forward_shape(shape)
+        shape = Size(part.forward_shape(shape))
     return first
 
 
