@@ -42,8 +42,9 @@ from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.vi.fit import fit_svi
-from pyro_nf.vi.objectives import ELBO, Reparameterised, StickTheLanding
-from pyro_nf.vi.recipe import Step
+from pyro_nf.vi.gradients import Reparameterised, StickTheLanding
+from pyro_nf.vi.objectives import ELBO
+from pyro_nf.vi.stages import Step
 from tests.reference_models import exact_targets
 
 BUDGETS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)

@@ -5,6 +5,7 @@ A parameter has a *kind*, which says which of the wrong values are right for it 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import tempfile
@@ -45,7 +46,7 @@ INNER = {
     "StickTheLanding.paths",
     "StickTheLanding.surrogate",
     "TemperedELBO.__call__",
-    "train.Start.__call__",
+    "Start.__call__",
     *(
         f"univariate.{name}.{method}"
         for name in univariate.__all__
@@ -54,6 +55,8 @@ INNER = {
     # between the files of the library
     "AutoFlow.expect_layers",
     "Flow.base_of_kind",
+    "Flow.renewed",
+    "PosteriorRecipe.rate",
     "Flow.transform_in_units",
     "UnivariateMap.refuse_hidden_weights",
     "univariate.UnivariateMap.refuse_hidden_weights",
@@ -73,9 +76,8 @@ def surface() -> Iterator[tuple[str, Callable[..., Any]]]:
             if name.startswith("_") or not callable(value) or not mine or id(value) in seen:
                 continue
             seen.add(id(value))
-            # two starts: of a density, and of a posterior
             room = face.__name__.split(".")[-1]
-            shown = f"{room}.{name}" if face is univariate or name == "Start" else name
+            shown = f"{room}.{name}" if face is univariate else name
             if isinstance(value, type):
                 if shown not in RECORDS | CONTRACTS and not inspect.isabstract(value):
                     yield shown, value
@@ -296,8 +298,8 @@ def rows(count: int = 3, width: int = 2) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(0))
 
 
-def start() -> infer.Start:
-    return infer.Start(torch.zeros(1), torch.ones(1), -1.0)
+def start() -> infer.GaussianStart:
+    return infer.GaussianStart(torch.zeros(1), torch.ones(1), -1.0)
 
 
 SHAPE_OF_EVENT = takes("no list", "no tuple")
@@ -758,6 +760,10 @@ def _flows() -> dict[str, Door]:
         "FlowDistribution.rsample": draws_of("rsample"),
         "FlowDistribution.rsample_and_log_prob": draws_of("rsample_and_log_prob"),
         "FlowDistribution.sample": draws_of("sample"),
+        "FlowDistribution.push": Door(flow()().push, lambda: {"x": rows()}, {"x": POINTS}),
+        "FlowDistribution.push_score": Door(
+            flow()().push_score, lambda: {"x": rows()}, {"x": POINTS}
+        ),
         "FlowDistribution.log_prob": Door(
             flow()().log_prob, lambda: {"value": rows()}, {"value": POINTS}, says={"value": "y"}
         ),
@@ -1286,7 +1292,8 @@ def _guides() -> dict[str, Door]:
             lambda **given: fresh().start_at(**given),
             lambda: {"start": start(), "recentring": None},
             {
-                "start": OBJECT | takes(other=lambda: infer.Start(rows(1)[0], torch.ones(2), 0.0)),
+                "start": OBJECT
+                | takes(other=lambda: infer.GaussianStart(rows(1)[0], torch.ones(2), 0.0)),
                 "recentring": OPTIONAL,
             },
         ),
@@ -1294,6 +1301,47 @@ def _guides() -> dict[str, Door]:
             lambda **given: fresh().load_state_dict(**given),
             lambda: {"state_dict": guide().state_dict()},
             {"state_dict": OBJECT | may("no dictionary", "dictionary")},
+        ),
+        "PosteriorRecipe": Door(
+            infer.PosteriorRecipe,
+            lambda: dataclasses.asdict(infer.PosteriorRecipe()),
+            {
+                "num_particles": OPTIONAL | COUNT,
+                "betas": takes(one=lambda: (0.9,), large=lambda: (0.9, 1.0)),
+                "affine_rates": takes(rising=lambda: (1e-3, 1e-2), zero_rate=lambda: (1e-3, 0.0)),
+                "flow_rates": takes("list of halves", falling=lambda: (1e-2, 1e-3)),
+                "affine_share": SHARE,
+                "average": takes("zero", one=lambda: 1.0),
+                "warmup_steps": COUNT_0,
+                "few_particles": COUNT | takes(most=lambda: 10**6),
+                "least_particles": COUNT | takes(most=lambda: 10**6),
+            }
+            | dict.fromkeys(("nearly_free", "grace"), takes("half", below=lambda: 0.9))
+            | dict.fromkeys(("even", "far"), takes("half", "zero"))
+            | dict.fromkeys(("rate_times_steps", "shape_share", "recording_cost"), POSITIVE)
+            | dict.fromkeys(
+                (
+                    "check_share",
+                    "far_share",
+                    "recording_share",
+                    "start_share",
+                    "pieces_share",
+                    "timing_share",
+                ),
+                takes("zero", two=lambda: 2.0),
+            )
+            | dict.fromkeys(
+                (
+                    "max_steps",
+                    "many_particles",
+                    "enough_steps",
+                    "few_steps",
+                    "num_check_particles",
+                    "least_check_particles",
+                    "least_rows",
+                ),
+                COUNT,
+            ),
         ),
         "fit_svi": Door(
             nf.fit_svi,
@@ -1313,9 +1361,11 @@ def _guides() -> dict[str, Door]:
                 "checkpoint_every": 500,
                 "compile": False,
                 "clock": time.monotonic,
+                "recipe": None,
             },
             FIT
             | {
+                "recipe": OPTIONAL,
                 "max_steps": OPTIONAL | COUNT,
                 "model": MODEL,
                 "guide": OPTIONAL,
@@ -1355,6 +1405,28 @@ def _posteriors() -> dict[str, Door]:
                 "num_draws": COUNT,
                 "seed": SEED | OPTIONAL,
                 "joint": OPTIONAL,
+                "history": OPTIONAL,
+            },
+        ),
+        "Posterior.from_distribution": Door(
+            nf.Posterior.from_distribution,
+            lambda: {
+                "q": dist.Normal(torch.zeros(1), 1.0).to_event(1),
+                "joint": joint(),
+                "num_draws": 30,
+                "seed": 0,
+                "history": None,
+            },
+            {
+                "q": OBJECT
+                | takes(
+                    scalar_law=lambda: dist.Normal(0.0, 1.0),
+                    wide=lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
+                    batch=lambda: dist.Normal(torch.zeros(3, 1), 1.0).to_event(1),
+                ),
+                "joint": OBJECT,
+                "num_draws": COUNT,
+                "seed": SEED | OPTIONAL,
                 "history": OPTIONAL,
             },
         ),

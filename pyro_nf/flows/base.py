@@ -26,6 +26,23 @@ from pyro_nf.ops.spaces import over_events
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
+def log_prob_and_score(law: dist.TorchDistribution, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`\log p(x)` (...) and its slope of the shape of ``x``, both without a graph.
+
+    Args:
+        law: A distribution whose density has a gradient.
+        x: Its points, batch dimensions first.
+    """
+    if isinstance(law, IndependentNormals):
+        with torch.no_grad():
+            return law.log_prob(x), law.score(x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = leaf(x)
+        log_prob = law.log_prob(x)
+        (score,) = torch.autograd.grad(log_prob.sum(), x)
+    return log_prob.detach(), score
+
+
 class Base(nn.Module, ABC):
     """Makes the base distribution of a flow.
 
@@ -69,11 +86,7 @@ class Base(nn.Module, ABC):
             x: Shape ``(..., *event_shape)``.
         """
         self._check_points(x)
-        with torch.inference_mode(False), torch.enable_grad():
-            x = leaf(x)
-            log_prob = self().log_prob(x)
-            (score,) = torch.autograd.grad(log_prob.sum(), x)
-        return log_prob.detach(), score
+        return log_prob_and_score(self(), x)
 
     def _check_points(self, x: Tensor) -> None:
         """Raises unless ``x`` is a floating tensor of events."""
@@ -125,11 +138,6 @@ class DiagonalNormal(Base):
         return IndependentNormals(
             self.loc, self.scale, size_of("DiagonalNormal", "batch_shape", batch_shape)
         )
-
-    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_points(x)
-        with torch.no_grad():
-            return self().log_prob(x), (self.loc - x) / self.scale.square()
 
 
 class IndependentNormals(dist.TorchDistribution):
@@ -187,3 +195,7 @@ class IndependentNormals(dist.TorchDistribution):
         if not self.batch_shape:  # the common case; broadcast_shapes is slow
             return log_prob
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def score(self, value: Tensor) -> Tensor:
+        """Slope of the log density, of the shape of ``value``."""
+        return (self.loc - value) / self.scale.square()

@@ -11,7 +11,15 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_nf._checks import check_dtype, check_flag, check_kind, floating_dtype, size_of
+from pyro_nf._checks import (
+    check_dtype,
+    check_event_shape,
+    check_flag,
+    check_kind,
+    floating_dtype,
+    size_of,
+)
+from pyro_nf.flows.base import log_prob_and_score
 from pyro_nf.ops.layout import flat_event
 from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.transforms.base import FlowTransform
@@ -94,9 +102,40 @@ class FlowDistribution(dist.TransformedDistribution):
         # A mixture has no path for gradients; without gradients it needs none.
         has_path = self.base_dist.has_rsample or torch.is_grad_enabled()
         draw = self.base_dist.rsample if has_path else self.base_dist.sample
-        x = draw(size_of("FlowDistribution", "sample_shape", sample_shape))
+        return self.push(draw(size_of("FlowDistribution", "sample_shape", sample_shape)))
+
+    def push(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Maps draws of the base to draws of this law, with their log density.
+
+        Args:
+            x: Draws of ``base_dist``, shape ``(..., *event_shape)``.
+
+        Returns:
+            :math:`y = T(x)`, and :math:`\log q(y) = \log p_0(x) - \log|\det J|` without the
+            event.
+        """
         y, ladj = self.transform.forward_and_ladj(x)
         return y, self.base_dist.log_prob(x) - ladj
+
+    def push_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Maps draws of the base to draws of this law, with their log density and its slope.
+
+        .. math:: \nabla_y \log q(y) = J^{-\top} \nabla_x (\log p_0(x) - \log|\det J|)
+
+        No inverse is needed for it.
+
+        Args:
+            x: Draws of ``base_dist``, shape ``(..., *event_shape)``.
+
+        Returns:
+            :math:`y = T(x)` with a graph to all parameters; and, without a graph,
+            :math:`\log q(y)` and :math:`\nabla_y \log q(y)`.
+        """
+        event_shape = self.base_dist.event_shape
+        check_event_shape("FlowDistribution", "x", x, event_shape, len(event_shape))
+        log_p0, score = log_prob_and_score(self.base_dist, x)
+        y, ladj, score = self.transform.push_score(x, score)
+        return y, log_p0 - ladj.detach(), score
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws with gradients to all parameters; their density may then be free once."""

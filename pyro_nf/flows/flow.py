@@ -241,7 +241,7 @@ class Flow(nn.Module):
         return _BASES[name](**sizes).to(next(self.parameters(), torch.empty(0)))
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Units are there exactly if the state has them, and the base is of the state's kind."""
         start = f"{prefix}base."
@@ -375,7 +375,7 @@ class Flow(nn.Module):
         def accept(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
             nonlocal flow
             flow = _rebuilt(path, tensors, header) if flow is None else flow
-            tensors = with_unit_triangles(tensors)
+            tensors = flow.renewed(tensors)
             wanted = flow._expected(tensors, header["base"])
             check_same_tensors("Flow.load", wanted, tensors, repr(str(path)))
 
@@ -384,6 +384,14 @@ class Flow(nn.Module):
         loaded = cast(Flow, flow)
         loaded.load_state_dict(tensors)
         return loaded
+
+    def renewed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, which an older version may have written, as they are now.
+
+        Args:
+            tensors: By their names.
+        """
+        return with_unit_triangles(tensors)
 
     def _expected(self, tensors: Mapping[str, Tensor], base: Any) -> dict[str, Tensor]:
         """What the tensors of a file must be like: its base and its units are followed."""

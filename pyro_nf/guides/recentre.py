@@ -1,4 +1,4 @@
-"""Coordinates in which a hierarchy has no funnel."""
+"""Coordinates in which a hierarchy has no funnel: the partially non-centred parametrisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROUNDING = 100
 
 
 class Recentre(FlowTransform):
-    r"""The map from coordinates given the parents to unconstrained latents, by the model itself.
+    r"""The map from partially non-centred coordinates to unconstrained ones, by the model itself.
 
     .. math:: z_s = m_s(z_{<s}) + \sqrt{V_s(z_{<s})} \; v_s
 
@@ -27,6 +27,10 @@ class Recentre(FlowTransform):
     exact and cost one run of the model for the whole batch.
 
     The model is not part of the state: a deep copy shares it, and after unpickling there is none.
+
+    *A General Framework for the Parametrization of Hierarchical Models* (Papaspiliopoulos, Roberts,
+    Sköld, 2007); *Automatic Reparameterisation of Probabilistic Programs* (Gorinova, Moore,
+    Hoffman, 2020).
 
     Args:
         joint: The log joint density of the model, in plain coordinates.

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_nf.model.density import LogDensity
@@ -28,6 +30,9 @@ FAILED, SOME_FAILED = 0.05, 0.005
 REACH_LIMIT = 0.05
 # Two estimates of the evidence agree within so many standard errors, or ELBO_GAP nats.
 AGREE = 4.0
+# Draws at which the density of the guide is compared with what it was, and how far (nats) it may be
+# from that by rounding.
+COMPARED, CHANGED = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,30 @@ class Diagnosis:
             *(nothing,) * 8,
             count_maxima=0,
             worst_sites=(),
+        )
+
+
+def check_unchanged(q: TorchDistribution, z: Tensor, log_q: Tensor) -> None:
+    """Raises if a distribution no longer has the density that draws were drawn with.
+
+    Args:
+        q: The distribution.
+        z: The draws, ``(S, D)``.
+        log_q: Its log density then, ``(S,)``.
+
+    Raises:
+        RuntimeError: If it has changed.
+    """
+    try:
+        with torch.no_grad():
+            now = q.log_prob(z[:COMPARED])
+    except (NotImplementedError, ValueError, RuntimeError, KeyError):
+        return  # some guides know the density of their own draws only
+    gap = float((now - log_q[:COMPARED]).abs().median())
+    if gap > CHANGED:
+        raise RuntimeError(
+            f"Posterior.diagnose: the log density of the guide at these draws has changed by "
+            f"{gap:.2g} since they were drawn; make new ones, as with fit.posterior(4000)."
         )
 
 

@@ -1,17 +1,22 @@
-"""Importance weights of draws, and what they say of the draws."""
+"""Draws, their importance weights, and what the weights say of the draws."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_nf._checks import check_tensor
+from pyro_nf.model.joint import LogJoint
+from pyro_nf.train.loop import History
 
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
 # Weights that are all equal have no tail at all: k-hat is -inf.
@@ -166,3 +171,169 @@ def _psislw(log_weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], fl
 
         smoothed, khat = arviz.psislw(log_weights)
     return np.asarray(smoothed), float(khat)
+
+
+CHUNK = 2000
+"""Draws that are evaluated at once: enough to fill vector units, few enough to fit in memory."""
+
+
+@dataclass(frozen=True)
+class WeightedDraws(ABC):
+    """Draws with what is known of them; :class:`~pyro_nf.posterior.posterior.Posterior` says all.
+
+    The attributes are those of a posterior.
+    """
+
+    samples: dict[str, Tensor]
+    z: Tensor
+    log_p: Tensor
+    log_q: Tensor | None
+    joint: LogJoint
+    history: History | None = None
+    q: dist.TorchDistribution | None = field(default=None, repr=False)
+    chains: int = 1
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name}{list(x.shape[1:]) or ''}" for name, x in self.samples.items())
+        sites = sites if len(sites) <= 200 else f"{sites[:200]} ..."
+        if self.without_weights:
+            quality = "without weights"
+        else:
+            share = self.ess / len(self)
+            quality = f"k-hat {khat_in_words(self.khat)}, effective share {share:.0%}"
+        return f"Posterior({len(self)} draws of {sites}; {quality})"
+
+    @property
+    def without_weights(self) -> str:
+        """Why the draws have no weights, or ""."""
+        if self.log_q is None:
+            return (
+                "these draws come from resampling or a Markov chain and have no weights; take "
+                "log_weights, elbo or khat from the posterior they were made from"
+            )
+        if self.joint.is_random:
+            return (
+                "the model takes a subsample or draws random numbers of its own, so that its "
+                "density is another one at each look and the draws have no weights; take "
+                "Posterior.from_guide with a model of all rows"
+            )
+        return ""
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Importance weights, raw and Pareto smoothed.
+
+        Raises:
+            RuntimeError: If the draws have none.
+        """
+        return smooth(self.log_weights)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log p(x, z) - log q(z)`` of each draw, ``(S,)``.
+
+        Raises:
+            RuntimeError: If the draws have no weights.
+        """
+        if self.log_q is None or self.without_weights:
+            raise RuntimeError(f"Posterior: {self.without_weights}.")
+        return self.log_p - self.log_q
+
+    @property
+    def shares(self) -> Tensor:
+        """The weights, summing to 1; all the same if there are none."""
+        if self.without_weights:
+            return torch.full_like(self.log_p, 1 / len(self), dtype=torch.float64)
+        return self.weights.normalized
+
+    @property
+    def elbo(self) -> float:
+        """Mean of the log weights, a lower bound of the log evidence."""
+        return self.weights.elbo
+
+    @property
+    def khat(self) -> float:
+        """Pareto shape of the weights: below 0.7 they can be used."""
+        return self.weights.khat
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weighted draws."""
+        return self.weights.ess
+
+    @property
+    def log_evidence(self) -> float:
+        """Estimate of log p(x) from the smoothed weights."""
+        return self.weights.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Standard error of ``log_evidence``."""
+        return self.weights.log_evidence_se
+
+
+def weighed_draws(
+    q: dist.TorchDistribution, joint: LogJoint, num_draws: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws of a distribution, its log density there, and that of the model.
+
+    Args:
+        q: A distribution over the unconstrained coordinates.
+        joint: The log joint density.
+        num_draws: S.
+
+    Returns:
+        z ``(S, D)``, log q and log p ``(S,)``.
+
+    Raises:
+        ValueError: If no draw has a finite density.
+    """
+    pieces = []
+    for start in range(0, num_draws, CHUNK):
+        z, log_q = _drawn(q, min(CHUNK, num_draws - start))
+        pieces.append((z, log_q, joint.log_prob(z)))
+    z, log_q, log_p = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+    if not bool((log_p - log_q).isfinite().any()):
+        raise ValueError(
+            f"Posterior: none of {num_draws} draws of the guide has a finite density under the "
+            "model; fit the guide to this model and these arguments first, or draw more."
+        )
+    return z, log_q, log_p
+
+
+def _drawn(q: Any, count: int) -> tuple[Tensor, Tensor]:
+    """In one pass where the distribution can do that."""
+    if hasattr(q, "rsample_and_log_prob"):
+        return cast("tuple[Tensor, Tensor]", q.rsample_and_log_prob((count,)))
+    z = q.sample((count,))
+    return z, q.log_prob(z)
+
+
+def check_law(q: object, joint: LogJoint) -> None:
+    """Raises unless a distribution is one over all coordinates of a density.
+
+    Args:
+        q: The distribution.
+        joint: The density.
+
+    Raises:
+        TypeError: If it is no distribution.
+        ValueError: If its shape is another one.
+    """
+    if not (hasattr(q, "event_shape") and callable(getattr(q, "log_prob", None))):
+        raise TypeError(
+            f"Posterior: q must be a distribution of the unconstrained coordinates, got "
+            f"{type(q).__name__}; pass flow(), flow(context), or any with sample and log_prob."
+        )
+    law = cast(dist.TorchDistribution, q)
+    wanted = (torch.Size(), torch.Size([joint.latent_dim]))
+    if (law.batch_shape, law.event_shape) != wanted:
+        raise ValueError(
+            f"Posterior: q must have batch_shape () and event_shape ({joint.latent_dim},), as the "
+            f"model has {joint.latent_dim} unconstrained coordinates, got "
+            f"{tuple(law.batch_shape)} and {tuple(law.event_shape)}; give a flow one context of "
+            "shape (context_dim,)."
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pyro_nf.flows.em import EMResult, expectation_maximisation
-from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.flows.mixture import GaussianMixture, GaussianMixtureDistribution
 from pyro_nf.model.density import LogDensity
 from pyro_nf.model.metered import Metered
 from pyro_nf.ops.devices import in_double
@@ -125,7 +126,9 @@ def whitened(mixture: GaussianMixture) -> tuple[GaussianStart, GaussianMixture]:
         return GaussianStart(loc, scale, math.nan), mixture_of(mixture.logits, white, white_roots)
 
 
-def mixture_draws(base: GaussianMixture, count: int) -> tuple[Tensor, Tensor]:
+def mixture_draws(
+    base: GaussianMixture | GaussianMixtureDistribution, count: int
+) -> tuple[Tensor, Tensor]:
     r"""Stratified draws of a mixture with a path to all of its parameters.
 
     :math:`x = m_k + \epsilon U_k^{-1}`, equally many of each component, with the weights
@@ -136,16 +139,18 @@ def mixture_draws(base: GaussianMixture, count: int) -> tuple[Tensor, Tensor]:
         count: at least one for each component; rounded down to a multiple of their number.
 
     Returns:
-        x (S, D) and weights (S,), which sum to 1.
+        x (S, *batch, D) and weights (S,), which sum to 1.
     """
-    k, dim = base.means.shape
+    law = base() if isinstance(base, GaussianMixture) else base
+    law = cast(GaussianMixtureDistribution, law)
+    (k, dim), batch = law.means.shape, law.batch_shape
     each = max(1, count // k)
-    eps = torch.randn(k, each, dim, dtype=base.means.dtype, device=base.means.device)
-    factors = base.triangles.triu(1) + base.log_diagonals.exp().diag_embed()
-    moved = torch.linalg.solve_triangular(factors, eps, upper=True, left=False)
-    x = base.means.unsqueeze(1) + moved
-    weights = base.logits.softmax(-1).unsqueeze(-1).expand(k, each) / each
-    return x.reshape(-1, dim), weights.reshape(-1)
+    shape = k, each * batch.numel(), dim
+    eps = torch.randn(shape, dtype=law.means.dtype, device=law.means.device)
+    moved = torch.linalg.solve_triangular(law.factors, eps, upper=True, left=False)
+    x = law.means.unsqueeze(1) + moved
+    weights = law.log_weights.exp().unsqueeze(-1).expand(k, each) / each
+    return x.reshape(k * each, *batch, dim), weights.reshape(-1)
 
 
 def mixture_elbo(

@@ -142,10 +142,6 @@ def laplace_start(
     return search.best()
 
 
-#: The old name.
-Start = GaussianStart
-
-
 @dataclass
 class _Candidate:
     """A Gaussian that may become the start, and its ELBO as far as it is known."""

@@ -1,22 +1,17 @@
-r"""What is minimised to fit a flow to a log joint density, and how its gradient is estimated.
+r"""What is minimised to fit a distribution ``q`` to a log joint density.
 
-An objective is called as ``objective(flow, joint, x)`` with draws ``x (S, D)`` of the flow's base,
-and returns an :class:`Estimate` whose ``loss`` is to be minimised by autograd. Whoever calls it
-draws ``x``, and so decides on seeds, antithetic or quasi-random draws. With :math:`z = T(x)`,
-
-.. math:: \log w = \log p(z) - \log q(z), \qquad \log q(z) = \log p_0(x) - \log|\det J|,
-          \qquad J = \partial z / \partial x.
-
-A particle whose density or gradient is not finite gets weight zero, and ``num_failed`` counts it.
+An objective is called as ``objective(q, joint, x)``, draws particles :math:`z \sim q`, and returns
+an :class:`Estimate` whose ``loss`` is to be minimised by autograd. ``x`` says how many particles;
+where q is a flow it may be the draws of the base that they come from, and whoever draws those
+decides on seeds, antithetic or quasi-random draws. ``num_failed`` counts the particles whose
+density or gradient is not finite; their weight is zero.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,20 +25,15 @@ from pyro_nf._checks import (
     check_tensor,
 )
 from pyro_nf.flows.flow import Flow
-
-
-class DifferentiableLogJoint(Protocol):
-    """What an objective needs of a joint density; :class:`~pyro_nf.model.joint.LogJoint` has it."""
-
-    has_parameters: bool
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p (S,) of z (S, D), differentiable."""
-        ...
-
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """log p (S,) and its gradient (S, D), outside of autograd."""
-        ...
+from pyro_nf.vi.gradients import (
+    STICK_THE_LANDING,
+    DifferentiableLogJoint,
+    GradientEstimator,
+    Paths,
+    StickTheLanding,
+    Variational,
+    distribution_of,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,8 @@ class Estimate:
     Attributes:
         loss: To be minimised, a scalar with a graph. Its gradient is what counts: with sticking the
             landing its value is that of the objective too.
-        log_weights: log p(z) - log q(z) of each particle (S,), without a graph; -inf if it failed.
+        log_weights: log p(z) - log q(z) of each particle ``(S, *batch)``, without a graph; -inf if
+            it failed.
         num_failed: How many particles had no finite density or gradient.
     """
 
@@ -68,115 +59,8 @@ class Estimate:
         return torch.where(ok, self.log_weights, 0.0).sum() / ok.sum()
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Particles and what moves them.
-
-    Attributes:
-        z: Draws T(x) (S, D), with the graph to the flow's parameters.
-        log_q: (S,), with the graph if it is a path of the gradient.
-        log_p: (S,); with a graph if it is a path of the gradient.
-        slope_p: d log p / dz (S, D), without a graph.
-        slope_q: d log q / dz (S, D) at fixed parameters, without a graph, or None.
-        ok: (S,), which of them are finite.
-    """
-
-    z: Tensor
-    log_q: Tensor
-    log_p: Tensor
-    slope_p: Tensor
-    slope_q: Tensor | None
-    ok: Tensor
-
-    @cached_property
-    def all_ok(self) -> bool:
-        """Whether no particle failed, as is the rule: then nothing has to be masked."""
-        return bool(self.ok.all())
-
-    def keep(self, value: Tensor) -> Tensor:
-        """Zero for failed particles, in value and gradient."""
-        if self.all_ok:
-            return value
-        mask = self.ok if value.dim() == self.ok.dim() else self.ok.unsqueeze(-1)
-        return torch.where(mask, value, 0.0)
-
-
-class GradientEstimator(ABC):
-    """How the gradient of sum_s a_s (temperature log p(z_s) - log q(z_s)) goes to the flow."""
-
-    @abstractmethod
-    def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
-        """Pushes base draws x (S, D) through the flow and evaluates the joint density."""
-
-    @abstractmethod
-    def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
-        """A scalar with the gradient of sum_s weights_s (temperature log p - log q) to the flow."""
-
-
-def _density_paths(
-    joint: DifferentiableLogJoint, z: Tensor, log_q: Tensor, slope_q: Tensor | None = None
-) -> Paths:
-    """Slopes of the joint density; with a graph only to the model's own parameters."""
-    if joint.has_parameters:
-        leaf = z.detach().requires_grad_()
-        log_p = joint.log_prob(leaf)
-        total = torch.where(torch.isfinite(log_p), log_p, 0.0).sum()
-        (slope_p,) = torch.autograd.grad(total, leaf, retain_graph=True)
-    else:
-        log_p, slope_p = joint.value_and_grad(z)
-    total = log_p + log_q + (z if slope_q is None else z + slope_q).sum(-1)
-    ok = torch.isfinite(total.detach())  # a sum is finite only if all of it is
-    return Paths(z, log_q, log_p, slope_p, slope_q, ok)
-
-
-@dataclass(frozen=True)
-class Reparameterised(GradientEstimator):
-    r"""The plain reparameterised gradient, through :math:`z` and through the parameters of q.
-
-    *Auto-Encoding Variational Bayes* (Kingma, Welling, 2014).
-    """
-
-    def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
-        z, ladj = flow.transform.forward_and_ladj(x)
-        return _density_paths(joint, z, flow.base().log_prob(x) - ladj)
-
-    def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
-        # z . slope has the gradient of log p(z); log_p itself that of the model's parameters.
-        moved = paths.keep((paths.slope_p * paths.z).sum(-1))
-        log_p = paths.keep(paths.log_p)
-        log_q = paths.keep(paths.log_q)
-        return (weights * (temperature * (moved + log_p) - log_q)).sum()
-
-
-@dataclass(frozen=True)
-class StickTheLanding(GradientEstimator):
-    r"""The path gradient: the score of q is left out, whose mean is zero and whose noise is not.
-
-    .. math:: \nabla \log w = (\nabla_z \log p - \nabla_z \log q)^\top \, \partial z / \partial
-              \phi, \qquad \nabla_z \log q = J^{-\top} \nabla_x (\log p_0(x) - \log|\det J|)
-
-    Its variance vanishes when q is p. The score of q comes from that of the base
-    (:meth:`~pyro_nf.transforms.base.FlowTransform.push_score`), so that no inverse is needed.
-
-    *Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference*
-    (Roeder, Wu, Duvenaud, 2017).
-    """
-
-    def paths(self, flow: Flow, joint: DifferentiableLogJoint, x: Tensor) -> Paths:
-        log_p0, score = flow.base.log_prob_and_score(x)
-        z, ladj, slope_q = flow.transform.push_score(x, score)
-        return _density_paths(joint, z, log_p0 - ladj.detach(), slope_q)
-
-    def surrogate(self, paths: Paths, weights: Tensor, temperature: float) -> Tensor:
-        assert paths.slope_q is not None
-        slope = paths.keep(temperature * paths.slope_p - paths.slope_q)
-        z = paths.keep(paths.z)
-        log_p = paths.keep(paths.log_p)
-        return (weights * ((slope * z).sum(-1) + temperature * log_p)).sum()
-
-
 class Objective(ABC):
-    """Something to minimise: ``objective(flow, joint, x) -> Estimate``."""
+    """Something to minimise: ``objective(q, joint, x) -> Estimate``."""
 
     @property
     def memory(self) -> dict[str, float]:
@@ -186,19 +70,28 @@ class Objective(ABC):
     @abstractmethod
     def __call__(
         self,
-        flow: Flow,
+        q: Variational | Flow,
         joint: DifferentiableLogJoint,
-        x: Tensor,
+        x: Tensor | int,
         weights: Tensor | None = None,
     ) -> Estimate:
         """Evaluates the objective.
 
         Args:
-            flow: q.
-            joint: The log joint density p.
-            x: Draws of ``flow.base()``, shape ``(S, D)``; with a graph if the base learns.
+            q: A distribution that draws with its density (:class:`Variational`), such as
+                ``flow()`` or ``flow(context)``; a Flow without context stands for its own.
+            joint: The log joint density p. It gets the draws as they are, ``(S, *batch, D)``.
+            x: How many draws S to take; or, for a q with ``push`` and ``push_score``, draws of its
+                base ``(S, *batch, D)``, with a graph if the base learns.
             weights: Of stratified draws, shape ``(S,)``, with sum 1; equal by default.
         """
+
+
+def _each(weights: Tensor | None, log_q: Tensor) -> Tensor:
+    """Weights of draws (S,) as weights of particles (S, *batch); equal ones if there are none."""
+    if weights is None:
+        return torch.ones_like(log_q)
+    return weights.reshape(-1, *(1,) * (log_q.dim() - 1)).expand_as(log_q)
 
 
 def _estimate(value: Tensor, surrogate: Tensor, paths: Paths, log_w: Tensor) -> Estimate:
@@ -232,7 +125,7 @@ class ELBO(Objective):
         0.0
     """
 
-    gradient: GradientEstimator = StickTheLanding()
+    gradient: GradientEstimator = STICK_THE_LANDING
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -241,17 +134,17 @@ class ELBO(Objective):
 
     def __call__(
         self,
-        flow: Flow,
+        q: Variational | Flow,
         joint: DifferentiableLogJoint,
-        x: Tensor,
+        x: Tensor | int,
         weights: Tensor | None = None,
     ) -> Estimate:
-        paths = self.gradient.paths(flow, joint, x)
+        paths = self.gradient.paths(q, joint, x)
         if weights is None and paths.all_ok:
-            weights = x.new_tensor(1 / len(x))
+            weights = paths.z.new_tensor(1 / paths.log_q.numel())
         else:
-            weights = paths.keep(torch.ones_like(paths.log_q) if weights is None else weights)
-            weights = weights / weights.sum().clamp_min(torch.finfo(x.dtype).tiny)
+            weights = paths.keep(_each(weights, paths.log_q))
+            weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
         log_w = paths.log_p - paths.log_q
         each = paths.keep(self.temperature * paths.log_p - paths.log_q).detach()
         value = (weights * each).sum()
@@ -278,7 +171,7 @@ class TemperedELBO(Objective):
         self,
         count_steps: int,
         start: float = 0.1,
-        gradient: GradientEstimator = StickTheLanding(),
+        gradient: GradientEstimator = STICK_THE_LANDING,
     ) -> None:
         check_count("TemperedELBO", "count_steps", count_steps)
         check_number("TemperedELBO", "start", start, "in (0, 1]", above=0, at_most=1)
@@ -298,14 +191,14 @@ class TemperedELBO(Objective):
 
     def __call__(
         self,
-        flow: Flow,
+        q: Variational | Flow,
         joint: DifferentiableLogJoint,
-        x: Tensor,
+        x: Tensor | int,
         weights: Tensor | None = None,
     ) -> Estimate:
         objective = ELBO(self.gradient, self.temperature)
         self._memory["step"] += 1
-        return objective(flow, joint, x, weights)
+        return objective(q, joint, x, weights)
 
 
 @dataclass(frozen=True)
@@ -324,7 +217,7 @@ class ImportanceWeightedELBO(Objective):
     """
 
     count_inner: int = 8
-    gradient: GradientEstimator = StickTheLanding()
+    gradient: GradientEstimator = STICK_THE_LANDING
 
     def __post_init__(self) -> None:
         check_count("ImportanceWeightedELBO", "count_inner", self.count_inner)
@@ -332,9 +225,9 @@ class ImportanceWeightedELBO(Objective):
 
     def __call__(
         self,
-        flow: Flow,
+        q: Variational | Flow,
         joint: DifferentiableLogJoint,
-        x: Tensor,
+        x: Tensor | int,
         weights: Tensor | None = None,
     ) -> Estimate:
         """See :class:`Objective`.
@@ -344,19 +237,20 @@ class ImportanceWeightedELBO(Objective):
         """
         if weights is not None:
             raise ValueError("ImportanceWeightedELBO: particles with weights are not supported.")
-        if len(x) % self.count_inner:
+        count = len(x) if isinstance(x, Tensor) else x
+        if count % self.count_inner:
             raise ValueError(
-                f"ImportanceWeightedELBO: {len(x)} particles are not a multiple of count_inner = "
+                f"ImportanceWeightedELBO: {count} particles are not a multiple of count_inner = "
                 f"{self.count_inner}."
             )
-        paths = self.gradient.paths(flow, joint, x)
+        paths = self.gradient.paths(q, joint, x)
         log_w = torch.where(paths.ok, paths.log_p - paths.log_q, -torch.inf).detach()
-        groups = log_w.reshape(-1, self.count_inner)
-        alive = torch.isfinite(groups).any(-1)
-        bound = groups.logsumexp(-1) - math.log(self.count_inner)
-        share = torch.where(alive.unsqueeze(-1), groups, 0.0).softmax(-1)
+        groups = log_w.unflatten(0, (-1, self.count_inner))  # (S / K, K, *batch)
+        alive = torch.isfinite(groups).any(1)
+        bound = groups.logsumexp(1) - math.log(self.count_inner)
+        share = torch.where(alive.unsqueeze(1), groups, 0.0).softmax(1)
         power = 2 if isinstance(self.gradient, StickTheLanding) else 1
-        shares = (share**power * alive.unsqueeze(-1)).reshape(-1) / alive.sum().clamp_min(1)
+        shares = (share**power * alive.unsqueeze(1)).flatten(0, 1) / alive.sum().clamp_min(1)
         value = torch.where(alive, bound, 0.0).sum() / alive.sum().clamp_min(1)
         surrogate = self.gradient.surrogate(paths, shares, 1.0)
         return _estimate(value, surrogate, paths, log_w)
@@ -367,8 +261,8 @@ class ForwardKL(Objective):
     r"""The cross entropy of given draws, :math:`-\sum_i \omega_i \log q(z_i)`: KL(p, q) + constant.
 
     It covers every mode that the draws cover. A step takes as many of the draws as there are
-    particles, chosen in proportion to their weights with the flow's own base draws as the source of
-    randomness, so that it is called as every other objective.
+    particles, chosen in proportion to their weights; where there are draws of the base, these are
+    the source of randomness. q must have no batch.
 
     Args:
         draws: z, shape ``(N, D)``.
@@ -386,26 +280,56 @@ class ForwardKL(Objective):
 
     def __call__(
         self,
-        flow: Flow,
+        q: Variational | Flow,
         joint: DifferentiableLogJoint,
-        x: Tensor,
+        x: Tensor | int,
         weights: Tensor | None = None,
     ) -> Estimate:
-        # The first coordinates of the base draws, ranked, are a random permutation of the strata.
-        count = len(x)
         log_weights = self.draws.new_zeros(len(self.draws))
         if self.log_weights is not None:
             log_weights = self.log_weights
         cumulative = log_weights.softmax(0).cumsum(0)
-        shift = torch.special.ndtr(x.detach()[:, 0])
-        strata = (torch.arange(count, device=x.device) + shift) / count
+        # The first coordinate of a base draw, as a rank, is its place within its stratum.
+        if isinstance(x, Tensor):
+            shift = torch.special.ndtr(x.detach()[:, 0])
+        else:
+            shift = torch.rand(x).to(cumulative)
+        count = len(shift)
+        strata = (torch.arange(count, device=shift.device) + shift) / count
         index = torch.searchsorted(cumulative, strata * cumulative[-1]).clamp_max(
             len(self.draws) - 1
         )
         z = self.draws[index]
-        log_q = flow().log_prob(z)
+        log_q = distribution_of(q).log_prob(z)
         log_p, _ = joint.value_and_grad(z)
         ok = torch.isfinite(log_q)
         loss = -torch.where(ok, log_q, 0.0).sum() / ok.sum().clamp_min(1)
         log_w = torch.where(ok, log_p - log_q, -torch.inf).detach()
         return Estimate(loss, log_w, int((~ok).sum()))
+
+
+@dataclass(frozen=True)
+class Watched(Objective):
+    """An objective whose loss is NaN where every particle failed: of nothing there is no mean.
+
+    Args:
+        objective: It.
+    """
+
+    objective: Objective
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """That of the objective."""
+        return self.objective.memory
+
+    def __call__(
+        self,
+        q: Variational | Flow,
+        joint: DifferentiableLogJoint,
+        x: Tensor | int,
+        weights: Tensor | None = None,
+    ) -> Estimate:
+        estimate = self.objective(q, joint, x, weights)
+        failed = estimate.num_failed == estimate.log_weights.numel()
+        return replace(estimate, loss=estimate.loss * math.nan) if failed else estimate

@@ -32,7 +32,7 @@ from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 from pyro_nf import AutoFlow, Posterior, fit_svi, flows, transforms
-from pyro_nf.search.start import Start
+from pyro_nf.search.start import GaussianStart
 from pyro_nf.testing import check_guide, randomize
 from tests.cases import RECIPES, as_older
 from tests.transforms.test_stock_pyro import FACTORIES
@@ -275,7 +275,7 @@ def test_starts_where_the_diagonal_normal_starts() -> None:
 
 def test_start_at_takes_a_diagonal() -> None:
     guide = AutoFlow(far_away).setup()
-    guide.start_at(Start(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]), elbo=0.0))
+    guide.start_at(GaussianStart(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]), elbo=0.0))
     torch.testing.assert_close(guide.coordinates.scale, torch.tensor([[0.5, 0.0], [0.0, 0.25]]))
     z = guide.get_posterior().sample((2000,))
     torch.testing.assert_close(z.std(0), torch.tensor([0.5, 0.25]), rtol=0.1, atol=0)
@@ -723,7 +723,7 @@ def test_before_setup() -> None:
         lambda: guide.quantiles([0.5]),
         lambda: guide.log_prob({}),
         lambda: guide.coordinates,
-        lambda: guide.start_at(Start(torch.zeros(2), torch.ones(2), 0.0)),
+        lambda: guide.start_at(GaussianStart(torch.zeros(2), torch.ones(2), 0.0)),
     ):
         with pytest.raises(RuntimeError, match=r"guide.setup\(\*args\)"):
             call()

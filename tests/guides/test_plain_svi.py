@@ -12,8 +12,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
 
 from pyro_nf import AutoFlow, flows
-from pyro_nf.guides.guide import auto_flow, full_flow
-from pyro_nf.search.start import Start
+from pyro_nf.guides.layers import auto_flow, full_flow
+from pyro_nf.search.start import GaussianStart
 from pyro_nf.testing import randomize
 from pyro_nf.univariate import SmoothAffine
 
@@ -128,7 +128,7 @@ def test_21_few_parameters() -> None:
 
 def started() -> AutoFlow:
     guide = AutoFlow(schools).setup()
-    guide.start_at(Start(torch.zeros(10), torch.eye(10), elbo=0.0))
+    guide.start_at(GaussianStart(torch.zeros(10), torch.eye(10), elbo=0.0))
     return guide
 
 
@@ -138,7 +138,7 @@ def test_21_a_start_gets_all_layers() -> None:
     assert len(AutoFlow(schools).setup().flow.transform.parts[0].parts) == 2
     chosen = AutoFlow(schools, flows.iaf).setup()
     layers = chosen.flow.transform.parts[0]
-    chosen.start_at(Start(torch.zeros(10), torch.eye(10), elbo=0.0))
+    chosen.start_at(GaussianStart(torch.zeros(10), torch.eye(10), elbo=0.0))
     assert chosen.flow.transform.parts[0] is layers  # what was asked for stays
 
 

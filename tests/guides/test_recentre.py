@@ -13,7 +13,7 @@ from pyro_nf import testing
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.guides.recentre import Recentre
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.search.start import Start
+from pyro_nf.search.start import GaussianStart
 from pyro_nf.sites.centring import SiteCentring, location_and_scale
 from pyro_nf.vi.fit import fit_svi
 
@@ -324,7 +324,7 @@ def test_where_it_does_not_help_the_coordinates_stay_plain():
 def test_without_a_start_a_guide_is_plain():
     guide = AutoFlow(schools).setup()
     assert guide.recentring is None
-    start = Start(torch.zeros(6, dtype=F64), torch.eye(6, dtype=F64), elbo=0.0)
+    start = GaussianStart(torch.zeros(6, dtype=F64), torch.eye(6, dtype=F64), elbo=0.0)
     guide.start_at(start, Recentre(LogJoint(schools)))
     assert guide.recentring is not None
     guide.start_at(start)

@@ -20,7 +20,7 @@ from pyro_nf.search.mixtures import (
     mixture_of,
     separated_mixture,
 )
-from pyro_nf.search.start import Start, laplace_start
+from pyro_nf.search.start import GaussianStart, laplace_start
 from pyro_nf.search.tempering import tempered_smc
 from tests import reference_models as targets
 
@@ -161,7 +161,7 @@ def test_a_mixture_reaches_what_the_start_does_not():
     target = targets.ring(dtype=F64)
     joint = LogJoint(target.model)
     arc = torch.tensor([[0.3, 0.0], [0.0, 1.0]], dtype=F64)
-    start = Start(torch.tensor([2.9, 0.0], dtype=F64), arc, elbo=0.8)
+    start = GaussianStart(torch.tensor([2.9, 0.0], dtype=F64), arc, elbo=0.8)
     mixture = separated_mixture(joint, start, max_seconds=60.0)
     assert mixture is not None
     assert mixture_elbo(joint, mixture) > target.log_evidence - 0.4

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_nf import AutoFlow, fit_svi, flows, transforms
-from pyro_nf.guides.guide import full_flow
+from pyro_nf.guides.layers import full_flow
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.testing import randomize
-from pyro_nf.vi.objectives import ELBO, Estimate, Objective, Reparameterised, TemperedELBO
-from pyro_nf.vi.recipe import Step, elbo_floor, posterior_stages, seconds_per_step
+from pyro_nf.vi.gradients import Reparameterised
+from pyro_nf.vi.objectives import ELBO, Estimate, Objective, TemperedELBO
+from pyro_nf.vi.stages import Step, elbo_floor, posterior_stages, seconds_per_step
 
 Y = torch.tensor([1.0, 2.5, 0.3])
 
@@ -219,7 +220,7 @@ class Spy(Objective):
 @pytest.mark.parametrize(("spread", "tails"), [(0.5, True), (0.01, True), (0.01, False)])
 def test_even_weights_send_a_quarter_of_the_draws_to_the_tails(spread: float, tails: bool) -> None:
     flow, spy = small(2), Spy(spread)
-    step = Step(flow, LogJoint(skewed), spy, count_particles=20_000, tails=tails)
+    step = Step(flow, LogJoint(skewed), spy, num_particles=20_000, tails=tails)
     step(), step()
     first, second = spy.draws
     assert abs(float(first.std()) - 1) < 0.02

@@ -14,11 +14,11 @@ from pyro_nf import AutoFlow, fit_svi, flows
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.model.metered import Metered, Rows
 from pyro_nf.search.mixtures import separated_mixture
-from pyro_nf.search.start import Start, laplace_start
+from pyro_nf.search.start import GaussianStart, laplace_start
 from pyro_nf.search.tempering import tempered_smc
 from pyro_nf.train.budget import Budget, OutOfTime
 from pyro_nf.vi.fit import SVIFit
-from pyro_nf.vi.recipe import choose_particles
+from pyro_nf.vi.stages import choose_particles
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model does not run on a batch")
 
@@ -104,7 +104,7 @@ def test_8_a_slow_fit_still_finds_the_posterior() -> None:
     model = SlowModel("batched", 0.2)
     fit = fit_svi(model, max_seconds=8.0, progress=False, clock=model.clock)
     variance = 1 / (1 / 4 + 1)
-    assert isinstance(fit.start, Start)
+    assert isinstance(fit.start, GaussianStart)
     mean = variance * torch.tensor([1.0, -1.0])
     torch.testing.assert_close(fit.start.loc, mean, atol=0.05, rtol=0)
     cov = fit.start.scale_tril @ fit.start.scale_tril.mT
@@ -143,7 +143,7 @@ def test_8_a_start_bounded_by_steps_is_bounded_by_runs() -> None:
 def test_8_searches_keep_within_their_seconds(kind, seconds) -> None:
     model = SlowModel(kind, 0.05)
     joint = LogJoint(model)
-    start = Start(joint.init_loc, torch.eye(joint.latent_dim), elbo=-10.0)
+    start = GaussianStart(joint.init_loc, torch.eye(joint.latent_dim), elbo=-10.0)
     searches = [
         lambda: laplace_start(joint, max_seconds=seconds, clock=model.clock),
         lambda: separated_mixture(joint, start, max_seconds=seconds, clock=model.clock),
