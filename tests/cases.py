@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -302,4 +303,17 @@ def as_older(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stem = name.removesuffix("unit_triangle")
             scale = tensors[f"{stem}log_diagonal"].exp().unsqueeze(-1)
             older[f"{stem}triangle"] = scale * older.pop(name)
+    return older
+
+
+def numbered(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What belongs to a guide's flow, by the numbers that its parts had in version 0.1."""
+    older = {}
+    for name, tensor in tensors.items():
+        for number, part in enumerate(("flow", "affine", "coordinates", "recentring")):
+            start = f"{prefix}transform.{part}."
+            if name.startswith(start):
+                name = f"{prefix}transform.parts.{number}.{name.removeprefix(start)}"
+                break
+        older[name] = tensor
     return older

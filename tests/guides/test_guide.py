@@ -34,7 +34,7 @@ from torch import Tensor
 from pyro_nf import AutoFlow, Posterior, fit_svi, flows, transforms
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.testing import check_guide, randomize
-from tests.cases import RECIPES, as_older
+from tests.cases import RECIPES, as_older, numbered
 from tests.transforms.test_stock_pyro import FACTORIES
 
 F64 = torch.float64
@@ -623,11 +623,12 @@ def test_19_a_state_with_the_triangle_of_old(way: str) -> None:
     guide = randomize(AutoFlow(regression, small).setup(*data()), scale=0.3)
     values = guide(*data())
     expected = guide.log_prob(values).detach()
-    state = as_older(guide.state_dict())
+    state = numbered(as_older(guide.state_dict()), "flow.")
     assert "flow.transform.parts.1.triangle" in state
     store = pyro.get_param_store()
     if way == "store":
         older = as_older({name: store[name].detach() for name in store})
+        older = numbered(older, "AutoFlow.flow$$$")
         pyro.clear_param_store()
         for name, tensor in older.items():
             store[name] = tensor

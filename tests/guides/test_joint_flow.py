@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from pyro_nf.search.start import GaussianStart
 from pyro_nf.testing import randomize
 from pyro_nf.train.checkpoint import KIND
 from pyro_nf.train.digest import digest
+from tests.cases import numbered
 
 F64 = torch.float64
-NUMBERS = {"flow": 0, "affine": 1, "coordinates": 2, "recentring": 3}
+PARTS = ("flow", "affine", "coordinates", "recentring")
 
 
 def plain() -> None:
@@ -38,19 +38,6 @@ def hierarchy() -> None:
 
 def small(dim: int) -> Flow:
     return flows.iaf(dim, count_layers=1, hidden_dims=(4,))
-
-
-def numbered(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The names as version 0.1 wrote them."""
-    older = {}
-    for name, tensor in tensors.items():
-        for part, number in NUMBERS.items():
-            start = f"{prefix}transform.{part}."
-            if name.startswith(start):
-                name = f"{prefix}transform.parts.{number}.{name.removeprefix(start)}"
-                break
-        older[name] = tensor
-    return older
 
 
 def started(guide: AutoFlow) -> AutoFlow:
@@ -81,12 +68,12 @@ Z = torch.linspace(-1, 1, 15).reshape(3, 5)
 
 def test_the_parts_have_names(fitted: AutoFlow) -> None:
     parts = dict(fitted.flow.transform.named_children())
-    assert list(parts) == ["flow", "affine", "coordinates", "recentring"]
+    assert tuple(parts) == PARTS
     assert parts["coordinates"] is fitted.coordinates
     assert parts["recentring"] is fitted.recentring
     assert fitted.flow.transform.parts == list(parts.values())
     for name in fitted.state_dict():
-        assert name.startswith(("flow.base.", *(f"flow.transform.{part}." for part in NUMBERS)))
+        assert name.startswith(("flow.base.", *(f"flow.transform.{part}." for part in PARTS)))
 
 
 def test_it_is_the_formula() -> None:
