@@ -26,7 +26,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.guides.joint_flow import JointFlow, has_part, joint_flow, with_part_names
 from pyro_nf.guides.latents import VectorGuide
-from pyro_nf.guides.layers import auto_flow, full_flow
+from pyro_nf.guides.layers import auto_flow, full_flow, with_gains_of_now
 from pyro_nf.guides.recentre import Recentre
 from pyro_nf.guides.store import put_into_store, store_key, stored, take_stored
 from pyro_nf.search.start import GaussianStart
@@ -249,7 +249,10 @@ class AutoFlow(VectorGuide):
             **kwargs: As in ``torch.nn.Module``.
         """
         check_kind("AutoFlow", "state_dict", state_dict, Mapping)
-        self._expect(with_part_names(state_dict, "flow."), "flow.")
+        named = with_part_names(state_dict, "flow.")
+        self._expect(named, "flow.")
+        if named.keys() != state_dict.keys():
+            state_dict = self._of_now(named, "flow.")
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _expect(self, names: Iterable[str], prefix: str) -> None:
@@ -258,6 +261,13 @@ class AutoFlow(VectorGuide):
         self.expect_layers(names)
         if has_part(names, "recentring", prefix) and self.recentring is None:
             self.recentre(Recentre(self.log_joint()))
+
+    def _of_now(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Tensors of version 0.1 as those of now, for the same density."""
+        layers = self.flow.transform.flow
+        is_light = self._is_auto and self._factory is auto_flow and self.latent_dim > 1
+        start = f"{prefix}transform.flow."
+        return with_gains_of_now(layers, tensors, start) if is_light else dict(tensors)
 
     def _ready(self) -> JointFlow:
         if self.prototype_trace is None:
@@ -287,8 +297,10 @@ class AutoFlow(VectorGuide):
         return f"{self._pyro_name}.flow"
 
     def _take_from_param_store(self) -> None:
-        tensors = stored(self._store_name)
-        self._expect(tensors, store_key(self._store_name))
+        tensors, is_old = stored(self._store_name)
+        start = store_key(self._store_name)
+        self._expect(tensors, start)
+        tensors = self._of_now(tensors, start) if is_old else tensors
         take_stored(self.flow, self._store_name, tensors)
         self.register()
 

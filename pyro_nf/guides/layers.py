@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
 
 from pyro_nf._checks import check_count, check_kind
 from pyro_nf.flows.recipes import nsf
@@ -110,6 +113,26 @@ def autoregressive_layers(input_dim: int) -> Chain:
         for i in range(count)
     ]
     return Chain([Elementwise(SinhArcsinh(), input_dim), *layers])
+
+
+def with_gains_of_now(
+    layers: FlowTransform, tensors: Mapping[str, Tensor], start: str
+) -> dict[str, Tensor]:
+    """Tensors of the light layers of version 0.1, so that with these layers they are the same map.
+
+    The shift and scale of each coordinate had the gains 32 and 4, whatever the dimension.
+
+    Args:
+        layers: What :func:`light_layers` makes.
+        tensors: By their names; those of other parts stay.
+        start: How the names of the layers begin.
+    """
+    key, last = f"{start}parts.1.net.value", cast(Chain, layers).parts[-1]
+    far = cast(SmoothAffine, cast(Elementwise, last).univariate)
+    if key not in tensors:
+        return dict(tensors)
+    then_over_now = tensors[key].new_tensor([32.0 / far.shift_gain, 4.0 / far.scale_gain])
+    return {**tensors, key: tensors[key] * then_over_now}
 
 
 def auto_flow(latent_dim: int) -> FlowTransform:

@@ -29,20 +29,24 @@ def tensors_by_key(flow: JointFlow, name: str) -> dict[str, Tensor]:
     return {store_key(name, key): tensor for key, tensor in tensors.items()}
 
 
-def stored(name: str) -> dict[str, Tensor]:
+def stored(name: str) -> tuple[dict[str, Tensor], bool]:
     """What the store holds of a flow, after its keys of an older version have been made new.
 
     Args:
         name: What the store calls the flow.
+
+    Returns:
+        The tensors by their keys, and whether version 0.1 has put them there.
     """
     store, start = pyro.get_param_store(), store_key(name)
     mine = {key: store[key] for key in list(store) if key.startswith(start)}
-    renewed = with_unit_triangles(with_part_names(mine, start))
+    named = with_part_names(mine, start)
+    renewed = with_unit_triangles(named)
     for key in mine.keys() - renewed.keys():
         del store[key]
     for key in renewed.keys() - mine.keys():
         store[key] = renewed[key].detach()
-    return renewed
+    return renewed, named.keys() != mine.keys()
 
 
 def take_stored(flow: JointFlow, name: str, tensors: Mapping[str, Tensor]) -> None:

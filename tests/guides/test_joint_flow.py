@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_nf import AutoFlow, Flow, fit_svi, flows, infer, transforms
+from pyro_nf import AutoFlow, Flow, fit_svi, flows, infer, transforms, univariate
 from pyro_nf._storage import load_tensors, save_tensors
 from pyro_nf.guides.joint_flow import modules_of_old, with_part_names
 from pyro_nf.search.start import GaussianStart
@@ -176,6 +176,40 @@ def test_a_param_store_of_0_1(fitted: AutoFlow, tmp_path: Path) -> None:
     assert not any("parts.2.scale" in name for name in store)
     fresh()
     assert torch.equal(fresh.flow().log_prob(Z), fitted.flow().log_prob(Z))
+
+
+def three() -> None:
+    pyro.sample("x", dist.Normal(torch.zeros(3, dtype=F64), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("way", ["store", "state_dict"])
+def test_light_layers_of_0_1_are_the_same_map(way: str) -> None:
+    """Their shift had the gain 32 and their scale 4, in any dimension."""
+    pyro.clear_param_store()
+    guide = randomize(AutoFlow(three).setup(), 0.1)
+    value = guide.flow.transform.flow.parts[1].net.value.detach()
+    older = numbered(guide.state_dict(), "flow.")
+    far = transforms.Elementwise(univariate.SmoothAffine(shift_gain=32.0, scale_gain=4.0), 3)
+    own = guide.flow.transform
+    then = transforms.Chain([own.flow.parts[0], far.double(), own.affine, own.coordinates])
+    with torch.no_grad():
+        far.net.value.copy_(value)
+    z = torch.randn(5, 3, dtype=F64)
+    wanted = Flow(then, guide.flow.base)().log_prob(z)
+    assert not torch.allclose(guide.flow().log_prob(z), wanted)
+    pyro.clear_param_store()
+    if way == "store":
+        store = pyro.get_param_store()
+        for name, tensor in older.items():
+            if not name.startswith("flow.base."):
+                store[f"AutoFlow.flow$$${name.removeprefix('flow.')}"] = tensor.detach().clone()
+    fresh = AutoFlow(three).setup()
+    if way == "state_dict":
+        fresh.load_state_dict(older)
+    torch.testing.assert_close(fresh.flow().log_prob(z), wanted, rtol=1e-10, atol=1e-10)
+    fresh.register()
+    again = AutoFlow(three).setup()  # what is in the store now is of now
+    torch.testing.assert_close(again.flow().log_prob(z), fresh.flow().log_prob(z))
 
 
 def test_a_saved_flow_of_0_1(fitted: AutoFlow, tmp_path: Path) -> None:
