@@ -112,7 +112,7 @@ class JointFlow(Flow):
         if isinstance(start, GaussianMixture):
             start, mixture = whitened(start)
             self.base.load_state_dict(mixture.state_dict())
-        if self.input_dim <= MAX_FULL_DIM:
+        if len(start.loc) <= MAX_FULL_DIM:
             start = replace(start, scale=start.scale_tril)
         affine, coordinates = affine_base(start).parts
         self.transform.affine.load_state_dict(affine.state_dict())
