@@ -10,7 +10,8 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from pyro.distributions import constraints
@@ -31,6 +32,7 @@ from pyro_nf._checks import (
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.spaces import ends
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.stochastic import StochasticChain, StochasticLayer, StochasticTransform
 from pyro_nf.univariate.base import HINT, UnivariateMap
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +45,8 @@ BATCH_SHAPES = ((), (1,), (4,), (2, 3), (0,))
 EXACT, NUMERIC, SINGLE = 1e-9, 1e-8, 1e-4
 # The largest error of a log-determinant against autograd's.
 LADJ = 1e-8
+# Draws behind the mean of an estimate: so many groups of so many.
+COUNT_GROUPS, COUNT_DRAWS = 20, 100
 
 
 def randomize(module: M, scale: float = 0.3, seed: int = 0) -> M:
@@ -105,6 +109,15 @@ def _close(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
     if got.numel():
         error = ((got - wanted).abs() / wanted.abs().clamp_min(1.0)).max().item()
         assert error <= tolerance, f"{what}: off by {error:.3g}, tolerance {tolerance:.3g}"
+
+
+def _close_ladj(
+    transform: FlowTransform, what: str, got: Tensor, wanted: Tensor, tolerance: float
+) -> None:
+    """As `_close`; of an estimate, another number at each call, only the shape can be wrong."""
+    if transform.ladj_kind == "estimate":
+        wanted = got.detach().reshape(wanted.shape) if got.numel() == wanted.numel() else wanted
+    _close(what, got, wanted, tolerance)
 
 
 # Univariate maps.
@@ -217,7 +230,7 @@ def round_trip(transform: FlowTransform) -> None:
         numeric = dtype == torch.float64 and t.inverse_kind == "numeric"
         tolerance = NUMERIC if numeric else exact
         _close(f"round trip in {dtype}", back, x, tolerance)
-        _close(f"ladj of the inverse in {dtype}", inverse_ladj, -ladj, 10 * tolerance)
+        _close_ladj(t, f"ladj of the inverse in {dtype}", inverse_ladj, -ladj, 10 * tolerance)
 
 
 def shapes_are_told(transform: FlowTransform) -> None:
@@ -239,7 +252,10 @@ def shapes_are_told(transform: FlowTransform) -> None:
 
 
 def ladj_is_autograds(transform: FlowTransform) -> None:
-    """The ladj is the slogdet of autograd's Jacobian, in both directions."""
+    """The ladj is the slogdet of autograd's Jacobian; an estimate is so on average."""
+    if transform.ladj_kind == "estimate":
+        _ladj_is_unbiased(transform)
+        return
     x, context = _x(transform, 5), _context(transform, 5)
     y, ladj = transform.forward_and_ladj(x, context)
     count = x[0].numel()
@@ -253,6 +269,56 @@ def ladj_is_autograds(transform: FlowTransform) -> None:
     _close("log_abs_det_jacobian", t.log_abs_det_jacobian(x, y), ladj, LADJ)
 
 
+def _slogdet(transform: FlowTransform, x: Tensor, context: Tensor | None) -> Tensor:
+    """log|det J| at one point, with a graph."""
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: transform.forward_and_ladj(v, context)[0], x, create_graph=True
+    )
+    return cast(Tensor, jacobian.slogdet().logabsdet)
+
+
+def _ladj_is_unbiased(transform: FlowTransform) -> None:
+    """Means of the estimated ladj, and of its gradients, are those of autograd's slogdet."""
+    point, context = _x(transform), _context(transform)
+    x = point.clone().requires_grad_()
+    y = transform.forward_and_ladj(point, context)[0].detach()
+    true, leaves = _slogdet(transform, x, context), [x, *transform.parameters()]
+    slopes = torch.autograd.grad(true, leaves, allow_unused=True, materialize_grads=True)
+    directions = [points(constraints.real, tuple(leaf.shape), seed=5) for leaf in leaves]
+    wanted = sum((s * r).sum() for s, r in zip(slopes, directions, strict=True))
+    with _seeded(0):
+        values, gradients = [], []
+        for _ in range(COUNT_GROUPS):
+            many = x.expand(COUNT_DRAWS, -1)
+            ladj = transform.forward_and_ladj(many, context)[1]
+            inverse_ladj = transform.inverse_and_ladj(y.expand(COUNT_DRAWS, -1), context)[1]
+            values.append(torch.stack([ladj.detach(), -inverse_ladj.detach()], -1))
+            grads = torch.autograd.grad(
+                ladj.mean(), leaves, allow_unused=True, materialize_grads=True
+            )
+            gradients.append(sum((g * r).sum() for g, r in zip(grads, directions, strict=True)))
+    each = torch.cat(values)
+    _mean_is("mean ladj against slogdet", each, true.detach().expand(2), LADJ)
+    of_gradients = torch.stack(cast("list[Tensor]", gradients))
+    _mean_is("mean gradient of the ladj", of_gradients, cast(Tensor, wanted), LADJ)
+
+
+def _scores_are_unbiased(transform: FlowTransform) -> None:
+    point, context = _x(transform), _context(transform)
+    x = point.clone().requires_grad_()
+    score_x = points(constraints.real, tuple(x.shape), seed=4)
+    (slope,) = torch.autograd.grad(_slogdet(transform, x, context), x, allow_unused=True)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: transform.forward_and_ladj(v, context)[0], point
+    )
+    wanted = torch.linalg.solve(jacobian.T, score_x - (0.0 if slope is None else slope))
+    many = (v.expand(COUNT_GROUPS * COUNT_DRAWS, -1) for v in (point, score_x))
+    with _seeded(0), torch.no_grad():
+        y, _, score_y = transform.push_score(next(many), next(many), context)
+    _close("y of push_score", y[0], transform.forward_and_ladj(point, context)[0], EXACT)
+    _mean_is("mean score of push_score", score_y, wanted, LADJ)
+
+
 def inverse_is_a_module(transform: FlowTransform) -> None:
     """``.inv`` has the same parameters, exchanges the directions, and inverts back to itself."""
     inverse = transform.inv
@@ -262,7 +328,7 @@ def inverse_is_a_module(transform: FlowTransform) -> None:
     y, ladj = transform.forward_and_ladj(x, context)
     back, inverse_ladj = inverse.forward_and_ladj(y, context)
     _close(".inv forward", back, x, NUMERIC)
-    _close(".inv ladj", inverse_ladj, -ladj, LADJ)
+    _close_ladj(transform, ".inv ladj", inverse_ladj, -ladj, LADJ)
     _close(".inv.inv", inverse.inv.forward_and_ladj(x, context)[0], y, EXACT)
 
 
@@ -278,7 +344,7 @@ def batch_shapes(transform: FlowTransform) -> None:
         for i in range(shape[0] if shape else 0):
             one = transform.forward_and_ladj(x[i], None if context is None else context[i])
             _close(f"element {i} of batch shape {shape}", y[i], one[0], EXACT)
-            _close(f"ladj {i} of batch shape {shape}", ladj[i], one[1], EXACT)
+            _close_ladj(transform, f"ladj {i} of batch shape {shape}", ladj[i], one[1], EXACT)
 
 
 def context_broadcasts(transform: FlowTransform) -> None:
@@ -292,7 +358,7 @@ def context_broadcasts(transform: FlowTransform) -> None:
     for b in range(2):
         one, one_ladj = transform.forward_and_ladj(x[:, 0], context[b])
         _close(f"context {b}", y[:, b], one, EXACT)
-        _close(f"ladj of context {b}", ladj[:, b], one_ladj, EXACT)
+        _close_ladj(transform, f"ladj of context {b}", ladj[:, b], one_ladj, EXACT)
     assert not torch.equal(y[:, 0], y[:, 1]), "the context makes no difference"
     conditioned = transform.condition(context)
     _close(".condition(context)", conditioned(x), y, EXACT)
@@ -338,6 +404,7 @@ def gradients_cancel(transform: FlowTransform) -> None:
     back, inverse_ladj = transform.inverse_and_ladj(y, context)
     r = points(constraints.real, tuple(x.shape), seed=4)
     s = points(constraints.real, tuple(ladj.shape), seed=5)
+    s = s * (transform.ladj_kind == "exact")  # two estimates do not cancel
     loss = (back * r).sum() + ((ladj + inverse_ladj) * s).sum()
     parameters = list(transform.parameters())
     grad_x, *grads = torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
@@ -350,8 +417,12 @@ def gradients_cancel(transform: FlowTransform) -> None:
 def scores_are_pushed(transform: FlowTransform) -> None:
     """J^T times the score of y, plus the gradient of the ladj, is the score of x.
 
-    What comes with the score is what the forward direction gives, and has the same gradient.
+    What comes with the score is what the forward direction gives, and has the same gradient. With
+    an estimate the score is right on average.
     """
+    if transform.ladj_kind == "estimate":
+        _scores_are_unbiased(transform)
+        return
     x, context = _x(transform, 2, 3).requires_grad_(), _context(transform, 3)
     y, ladj = transform.forward_and_ladj(x, context)
     score_x = points(constraints.real, tuple(x.shape), seed=4)
@@ -462,7 +533,7 @@ def compiles(transform: FlowTransform) -> None:
         compiled = torch.compile(direction, fullgraph=True, backend="aot_eager")
         got, wanted = compiled(value, context), direction(value, context)
         _close(f"compiled {name}", got[0], wanted[0], EXACT)
-        _close(f"compiled ladj of {name}", got[1], wanted[1], EXACT)
+        _close_ladj(transform, f"compiled ladj of {name}", got[1], wanted[1], EXACT)
 
 
 def vmaps(transform: FlowTransform) -> None:
@@ -474,9 +545,11 @@ def vmaps(transform: FlowTransform) -> None:
             value = transform.forward_and_ladj(value, context)[0].detach()
         if _differentiates(direction, value, context):
             continue
-        got = vmap(direction, in_dims=(0, None if context is None else 0))(value, context)
+        dims, noise = (0, None if context is None else 0), "different"
+        got = vmap(direction, in_dims=dims, randomness=noise)(value, context)
         _close(f"vmap of {name}", got[0], direction(value, context)[0], EXACT)
-        _close(f"vmap of the ladj of {name}", got[1], direction(value, context)[1], EXACT)
+        wanted = direction(value, context)[1]
+        _close_ladj(transform, f"vmap of the ladj of {name}", got[1], wanted, EXACT)
 
 
 def bad_input_is_named(transform: FlowTransform) -> None:
@@ -563,13 +636,21 @@ def _condition(flow: Flow, *batch: int) -> tuple[Tensor, ...]:
 
 
 def density_of_draws(flow: Flow) -> None:
-    """Draws come with their log density, the same that ``log_prob`` computes afresh."""
+    """Draws come with their log density, the same that ``log_prob`` computes afresh.
+
+    Where it is another number at each call, a bound of the last draws is that of their own paths.
+    """
     d = flow(*_condition(flow))
-    y, log_prob = d.rsample_and_log_prob((20,))
+    with _seeded(0):
+        y, log_prob = d.rsample_and_log_prob((20,))
     assert y.shape == (20, *flow.event_shape), f"draws have shape {tuple(y.shape)}"
-    _close("log_prob of draws", flow(*_condition(flow)).log_prob(y.clone()), log_prob, 1e-7)
-    again = d.rsample((20,))
-    _close("log_prob of the last draws", d.log_prob(again), d.log_prob(again.clone()), 1e-7)
+    with _seeded(0):
+        again = d.rsample((20,))
+    if flow.log_prob_kind == "exact":
+        _close("log_prob of draws", flow(*_condition(flow)).log_prob(y.clone()), log_prob, 1e-7)
+        _close("log_prob of the last draws", d.log_prob(again), d.log_prob(again.clone()), 1e-7)
+    elif flow.log_prob_kind == "bound":
+        _close("log_prob of the last draws", d.log_prob(again), log_prob, EXACT)
     assert y.dtype == log_prob.dtype == torch.float64
 
 
@@ -584,7 +665,8 @@ def batches_of_contexts(flow: Flow) -> None:
     x, _ = d.transform.inverse_and_ladj(y)
     spread = x.std(1, correction=0).min().item()
     assert spread > 0, "the noise is shared between contexts"
-    _close("log_prob", d.log_prob(y)[2], d.log_prob(y[2]), EXACT)
+    if flow.log_prob_kind == "exact":
+        _close("log_prob", d.log_prob(y)[2], d.log_prob(y[2]), EXACT)
     wide = d.expand((3, 4))
     assert wide.sample().shape == (3, 4, *flow.event_shape)
     assert wide.to_event(1).log_prob(wide.sample()).shape == (3,)
@@ -594,6 +676,8 @@ def batches_of_contexts(flow: Flow) -> None:
 def gradient_of_a_draw(flow: Flow) -> None:
     """The gradient of a loss of a draw and its log density is finite for every parameter."""
     d = flow(*_condition(flow))
+    if not d.has_rsample:
+        return
     y = d.rsample((8,))
     (d.log_prob(y).sum() + y.square().sum()).backward()
     for name, p in flow.named_parameters():
@@ -614,21 +698,33 @@ class _LogProb(nn.Module):
 
 def flow_copies_agree(flow: Flow) -> None:
     """deepcopy, pickle and functional_call give the same density."""
-    y, args = points(constraints.real, (4, *flow.event_shape)), _condition(flow)
-    wanted = flow(*args).log_prob(y)
+    args = _condition(flow)
+    with _seeded(0):
+        y = flow(*args).sample((4,))
+    wanted = _log_prob(flow, y, *args)
     copied = (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)))
     for other in copied:
-        _close("copy", other(*args).log_prob(y), wanted, 0.0)
+        _close("copy", _log_prob(other, y, *args), wanted, 0.0)
     density = _LogProb(flow)
     state = {k: v + 0.05 for k, v in density.named_parameters()}
-    moved = functional_call(density, state, (y, *args))
+    with _seeded(0):
+        moved = functional_call(density, state, (y, *args))
     assert not torch.equal(moved, wanted), "the parameters make no difference"
-    _close("after functional_call", flow(*args).log_prob(y), wanted, 0.0)
+    _close("after functional_call", _log_prob(flow, y, *args), wanted, 0.0)
+
+
+def _log_prob(flow: Flow, y: Tensor, *args: Tensor) -> Tensor:
+    """The log density with one seed, if it is another number at each call."""
+    with _seeded(0):
+        return cast(Tensor, flow(*args).log_prob(y))
 
 
 def scores_agree(flow: Flow) -> None:
     """vmap and jacrev of the log density give the gradient that autograd gives."""
-    if "inverse" not in _ways(flow) or flow.transform.inverse_kind != "exact":
+    transform = flow.transform
+    if isinstance(transform, StochasticTransform) or flow.log_prob_kind != "exact":
+        return
+    if "inverse" not in _ways(transform) or transform.inverse_kind != "exact":
         return
     args = _condition(flow)
     y = points(constraints.real, (4, *flow.event_shape)).requires_grad_()
@@ -637,8 +733,8 @@ def scores_agree(flow: Flow) -> None:
     _close("score by vmap(jacrev)", got, wanted, 1e-7)
 
 
-def _ways(flow: Flow) -> tuple[str, ...]:
-    fast = flow.transform.fast
+def _ways(transform: FlowTransform) -> tuple[str, ...]:
+    fast = transform.fast
     return ("forward", "inverse") if fast == "both" else (fast,)
 
 
@@ -668,6 +764,285 @@ def check_flow(flow: Flow) -> None:
     flow = randomize(copy.deepcopy(flow)).double()
     for law in FLOW_LAWS:
         law(flow)
+
+
+# Layers that draw or lose something.
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _given(
+    transform: StochasticTransform, *batch: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor | None]:
+    """Points on the base side and their contexts."""
+    space = transform.domain
+    event = transform.event_shape or (ANY_DIM,) * space.event_dim
+    if space.is_discrete:
+        low, high = (int(end.clamp(-3, 3).max()) for end in cast(Any, ends(space)))
+        x = points(constraints.unit_interval, (*batch, *event), dtype)
+        x = (low + (high + 1 - low) * x).floor()
+    else:
+        x = points(space, (*batch, *event), dtype)
+    if not transform.context_dim:
+        return x, None
+    return x, points(constraints.real, (*batch, transform.context_dim), dtype, seed=3)
+
+
+def contributions_agree(transform: StochasticTransform) -> None:
+    """Both directions return the contribution of the pair that they make, with opposite signs.
+
+    That of a chain is the sum over its parts along the path.
+    """
+    x, context = _given(transform, 7)
+    if isinstance(transform, StochasticChain):
+        with _seeded(0):
+            y, ladj = transform.forward_and_ladj(x, context)
+        total, path = torch.zeros_like(ladj), x
+        with _seeded(0):
+            for part in cast(Any, transform.parts):
+                path, each = part.forward_and_ladj(path, context if part.context_dim else None)
+                total = total + each
+        _close("value of a chain against its parts", y, path, EXACT)
+        _close("contribution of a chain against its parts", ladj, total, EXACT)
+        for part in transform.parts:
+            if isinstance(part, StochasticTransform):
+                contributions_agree(part)
+    elif isinstance(transform, StochasticLayer):
+        y, ladj = transform.forward_and_ladj(x, context)
+        _close("contribution forward", ladj, transform.contribution(x, y, context), LADJ)
+        back, inverse_ladj = transform.inverse_and_ladj(y, context)
+        given = transform.contribution(back, y, context)
+        _close("contribution of the inverse", inverse_ladj, -given, LADJ)
+
+
+def what_draws_nothing_undoes(transform: StochasticTransform) -> None:
+    """Where only one direction draws, the other one undoes it; draws repeat with their seed."""
+    x, context = _given(transform, 9)
+    y, ladj = transform.forward_and_ladj(x, context)
+    is_estimate = any(
+        isinstance(part, FlowTransform) and part.ladj_kind == "estimate"
+        for part in transform.modules()
+    )
+    if transform.random in ("forward", "neither"):
+        back, inverse_ladj = transform.inverse_and_ladj(y, context)
+        _close("the inverse undoes forward", back, x, EXACT)
+        if not is_estimate:
+            _close("contribution of the way back", inverse_ladj, -ladj, LADJ)
+    if transform.random in ("inverse", "neither"):
+        x, inverse_ladj = transform.inverse_and_ladj(y, context)
+        again, ladj = transform.forward_and_ladj(x, context)
+        _close("forward undoes the inverse", again, y, EXACT)
+        if not is_estimate:
+            _close("contribution of the way there", ladj, -inverse_ladj, LADJ)
+    ways = {"forward": (transform.forward_and_ladj, x), "inverse": (transform.inverse_and_ladj, y)}
+    for way, (call, value) in ways.items():
+        many = value[:1].expand(100, *value.shape[1:])
+        given = None if context is None else context[:1]
+        drawn = []
+        for seed in (0, 0, 1):
+            with _seeded(seed):
+                drawn.append(call(many, given))
+        for got, wanted in zip(drawn[0], drawn[1], strict=True):
+            _close(f"{way} with the same seed", got, wanted, 0.0)
+        draws = transform.random in (way, "both")
+        is_same = torch.equal(drawn[0][0], drawn[2][0])
+        assert is_same != draws, f"random is {transform.random!r}, but {way} draws: {not is_same}"
+
+
+def stochastic_shapes(transform: StochasticTransform) -> None:
+    """Any batch and dtype will do, contexts broadcast, and shapes are those that were said."""
+    for dtype in (torch.float64, torch.float32):
+        t = copy.deepcopy(transform).to(dtype)
+        for shape in BATCH_SHAPES:
+            x, context = _given(t, *shape, dtype=dtype)
+            y, ladj = t.forward_and_ladj(x, context)
+            back, inverse_ladj = t.inverse_and_ladj(y, context)
+            assert y.shape == t.forward_shape(x.shape), f"y has shape {tuple(y.shape)}"
+            assert back.shape == t.inverse_shape(y.shape) == x.shape, f"x: {tuple(back.shape)}"
+            got = [tuple(ladj.shape), tuple(inverse_ladj.shape)]
+            assert got == [shape] * 2, f"contributions have shapes {got}, wanted {shape}"
+            dtypes = {y.dtype, ladj.dtype, back.dtype, inverse_ladj.dtype}
+            assert dtypes == {dtype}, f"dtypes {dtypes}, wanted {dtype}"
+    if not transform.context_dim:
+        return
+    (x, _), (_, context) = _given(transform, 5, 1), _given(transform, 2)
+    with _seeded(0):
+        y, ladj = transform.forward_and_ladj(x, context)
+    assert ladj.shape == (5, 2), f"contribution of shape {tuple(ladj.shape)}, wanted (5, 2)"
+    with _seeded(0):
+        conditioned, _ = transform.condition(cast(Tensor, context)).forward_and_ladj(x)
+    _close(".condition(context)", conditioned, y, EXACT)
+    alike = cast(Tensor, context)[:1].expand(2, -1)
+    with _seeded(0):
+        assert not torch.equal(transform.forward_and_ladj(x, alike)[0], y), "context: no effect"
+
+
+def stochastic_inverse_and_copies(transform: StochasticTransform) -> None:
+    """``.inv`` exchanges the laws, and copies have the same; the parameters are the same too."""
+    x, context = _given(transform, 6)
+    inverse = transform.inv
+    assert {id(p) for p in transform.parameters()} == {id(p) for p in inverse.parameters()}
+    assert inverse.event_shape == transform.output_shape, ".inv has another event_shape"
+    with _seeded(0):
+        y, ladj = transform.forward_and_ladj(x, context)
+    others = {
+        ".inv": inverse.inverse_and_ladj,
+        ".inv.inv": inverse.inv.forward_and_ladj,
+        "deepcopy": copy.deepcopy(transform).forward_and_ladj,
+        "pickle": pickle.loads(pickle.dumps(transform)).forward_and_ladj,
+    }
+    for name, call in others.items():
+        with _seeded(0):
+            got, got_ladj = call(x, context)
+        _close(name, got, y, 0.0)
+        _close(f"contribution of {name}", got_ladj, ladj, 0.0)
+
+
+def stochastic_parameters_learn(transform: StochasticTransform) -> None:
+    """A gradient reaches every parameter, through one direction or the other."""
+    named = dict(transform.named_parameters())
+    if not named:
+        return
+    x, context = _given(transform, 32)
+    with _seeded(0):
+        y, ladj = transform.forward_and_ladj(x, context)
+        back, inverse_ladj = transform.inverse_and_ladj(y.detach(), context)
+    loss = y.square().sum() + ladj.sum() + back.square().sum() + 2 * inverse_ladj.sum()
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    for name, grad in zip(named, grads, strict=True):
+        assert grad is not None, f"{name} gets no gradient"
+        assert bool(grad.isfinite().all()), f"{name} gets a gradient that is not finite"
+        assert bool((grad != 0).any()), f"{name} gets the gradient 0"
+
+
+def stochastic_input_is_named(transform: StochasticTransform) -> None:
+    """Wrong shapes, contexts and dtypes raise the right error, with the sizes in the message."""
+    x, context = _given(transform, 3)
+    with _seeded(0):
+        y = transform.forward_and_ladj(x, context)[0].detach()
+    for call, value, shape in (
+        (transform.forward_and_ladj, x, transform.event_shape),
+        (transform.inverse_and_ladj, y, transform.output_shape),
+    ):
+        if shape is not None:
+            wide = torch.cat((value, value[..., :1]), -1)
+            _raises(ValueError, str(tuple(wide.shape)), call, wide, context)
+        _raises(TypeError, "list", call, value.tolist(), context)
+        _raises(TypeError, "complex64", call, value.to(torch.complex64), context)
+        if context is None:
+            _raises(ValueError, "takes none", call, value, x.new_zeros(3, 2))
+        else:
+            _raises(ValueError, "context is missing", call, value, None)
+            _raises(ValueError, "context_dim = ", call, value, torch.cat((context, context), -1))
+    score = torch.zeros_like(x)
+    _raises(TypeError, "Reparameterised", transform.push_score, x, score, context)
+
+
+STOCHASTIC_LAWS: tuple[Callable[[StochasticTransform], None], ...] = (
+    contributions_agree,
+    what_draws_nothing_undoes,
+    stochastic_shapes,
+    stochastic_inverse_and_copies,
+    stochastic_parameters_learn,
+    stochastic_input_is_named,
+)
+
+
+def check_stochastic(transform: StochasticTransform) -> None:
+    """Runs the laws of a stochastic transform, with random weights, in float64.
+
+    Whether its contribution makes the right density is a question to a whole flow:
+    :func:`check_log_prob`.
+
+    Args:
+        transform: The transform; it is copied first.
+
+    Raises:
+        AssertionError: If a law is broken.
+
+    Example:
+        >>> from pyro_nf.transforms.linear import LULinear
+        >>> from pyro_nf.transforms.stochastic import StochasticChain
+        >>> check_stochastic(StochasticChain([LULinear(3)]))
+    """
+    check_kind("check_stochastic", "transform", transform, StochasticTransform)
+    transform = randomize(copy.deepcopy(transform)).double()
+    for law in STOCHASTIC_LAWS:
+        law(transform)
+
+
+def check_log_prob(
+    flow: Flow,
+    truth: Callable[[Tensor], Tensor],
+    y: Tensor,
+    context: Tensor | None = None,
+    *,
+    num_samples: int = 4_000,
+) -> None:
+    r"""Holds the log density of a flow against the true one: it must be what it says it is.
+
+    - exact: :math:`\log q(y) = \log p(y)`, of draws too;
+    - estimate: :math:`E \log q(y) = \log p(y)`;
+    - bound: :math:`E \log q(y) \le \log p(y)` and :math:`E q(y) = p(y)`; and with the weight w of
+      the path of a draw :math:`E \log w \ge E \log p(y)` and :math:`E [p(y) / w] = 1`.
+
+    Args:
+        flow: The flow; it is used as it is.
+        truth: The true log density, ``(..., D) -> (...)``, by enumeration or quadrature.
+        y: Points to compare at, ``(N, D)``.
+        context: The context of all of them, ``(context_dim,)``.
+        num_samples: Draws behind a mean. It may be off by five standard errors.
+
+    Raises:
+        AssertionError: If the log density is not what ``flow.log_prob_kind`` says.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nf.flows.recipes import realnvp
+        >>> normal = torch.distributions.Normal(0.0, 1.0)
+        >>> check_log_prob(realnvp(2), lambda y: normal.log_prob(y).sum(-1), torch.randn(5, 2))
+    """
+    check_kind("check_log_prob", "flow", flow, Flow)
+    check_callable("check_log_prob", "truth", truth, "a function of points", count=1)
+    check_kind("check_log_prob", "y", y, Tensor)
+    check_count("check_log_prob", "num_samples", num_samples, at_least=2)
+    d = flow() if context is None else flow(context)
+    with torch.no_grad(), _seeded(0):
+        tolerance = LADJ if y.dtype == torch.float64 else SINGLE
+        wanted = truth(y)
+        drawn, path = d.rsample_and_log_prob((num_samples,))
+        true = truth(drawn)
+        if d.log_prob_kind == "exact":
+            _close("log_prob", d.log_prob(y), wanted, tolerance)
+            _close("log_prob of draws", path, true, tolerance)
+            return
+        each = d.log_prob(y.expand(num_samples, *y.shape).clone())
+        if d.log_prob_kind == "estimate":
+            _mean_is("mean log_prob", each, wanted, tolerance)
+            _mean_is("mean log_prob of draws less the truth", path - true, None, tolerance)
+            return
+        _mean_is("mean density over the true one", (each - wanted).exp() - 1, None, tolerance)
+        _mean_is("mean log_prob, a lower bound,", each, wanted, tolerance, below=True)
+        _mean_is("mean true density over the paths'", (true - path).exp() - 1, None, tolerance)
+        _mean_is("mean true log density of draws", true - path, None, tolerance, below=True)
+
+
+def _mean_is(
+    what: str, each: Tensor, wanted: Tensor | None, tolerance: float, *, below: bool = False
+) -> None:
+    """The mean over the first dimension is what is wanted, 0 by default, within its error."""
+    error = each.mean(0) - (0.0 if wanted is None else wanted)
+    allowed = 5 * each.std(0) / len(each) ** 0.5 + tolerance
+    assert bool(each.isfinite().all()), f"{what}: not finite"
+    off = error if below else error.abs()
+    assert bool((off <= allowed).all()), (
+        f"{what}: off by {error.tolist()}, with five standard errors of {allowed.tolist()}"
+    )
 
 
 # Guides.

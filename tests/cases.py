@@ -19,7 +19,9 @@ from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.mlp import MLP
 from pyro_nf.ops.roots import solve_increasing
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.stochastic import StochasticTransform
 from pyro_nf.univariate.base import UnivariateMap
+from tests import stochastic_layers as layers
 
 HIDDEN = (16, 16)
 CONTEXT_DIM = 2
@@ -199,6 +201,9 @@ def _with_context() -> dict[str, Callable[[int], FlowTransform]]:
         ),
         "Autoregressive-interval": lambda c: t.Autoregressive(unit, 3, c, hidden_dims=HIDDEN),
         "Autoregressive-one": lambda c: t.Autoregressive(rq, 1, c, hidden_dims=HIDDEN),
+        "Chain-estimate": lambda c: t.Chain(
+            [t.affine_coupling(3, c, hidden_dims=HIDDEN), layers.TracedLinear(3, c), t.LULinear(3)]
+        ),
         "Chain-mixed": lambda c: t.Chain(
             [t.affine_coupling(3, c, hidden_dims=HIDDEN), t.LULinear(3), t.Planar(3, c)]
         ),
@@ -256,6 +261,47 @@ def _with_context() -> dict[str, Callable[[int], FlowTransform]]:
     }
 
 
+# Layers that draw or lose something, as functions of context_dim.
+def _stochastic() -> dict[str, Callable[[int], StochasticTransform]]:
+    t = transforms
+    return {
+        "StochasticChain": lambda c: t.StochasticChain(
+            [
+                t.affine_coupling(2, c, hidden_dims=HIDDEN),
+                layers.Augment(2, 1, c),
+                t.LULinear(3),
+                layers.Noise(3, c),
+                layers.Largest(3, output_shape=1),
+            ]
+        ),
+        "StochasticChain-exact": lambda c: t.StochasticChain(
+            [layers.Augment(2, 1, c), t.spline_coupling(3, c, hidden_dims=HIDDEN)]
+        ),
+        "StochasticChain-inverse": lambda c: (
+            t.StochasticChain([layers.Noise(2, c), layers.Abs(2)]).inv
+        ),
+        "StochasticChain-one": lambda c: t.StochasticChain([t.Planar(3, c)]),
+        "StochasticLayer-noise": lambda c: layers.Noise(2, c),
+        "StochasticLayer-augment": lambda c: layers.Augment(2, 3, c),
+    }
+
+
+def _stochastic_plain() -> dict[str, Callable[[], StochasticTransform]]:
+    t = transforms
+    return {
+        "StochasticChain-argmax": lambda: t.StochasticChain([t.LULinear(3), layers.Argmax(3)]),
+        "StochasticChain-rounded": lambda: t.StochasticChain([t.LowerAffine(2), layers.Rounded(2)]),
+        "StochasticLayer-abs": lambda: layers.Abs(2),
+        "StochasticLayer-any-size": layers.Abs,
+        "StochasticLayer-largest": lambda: layers.Largest(3, output_shape=1),
+        "StochasticLayer-metropolis": lambda: layers.Metropolis(
+            torch.tensor([0.0, -1.0, 0.5, -2.0])
+        ),
+        "StochasticLayer-inverse": lambda: layers.Abs(2).inv,
+        "StochasticLayer-conditioned": lambda: layers.Noise(2, 1).condition(torch.tensor([0.3])),
+    }
+
+
 # Recipes, as functions of input_dim and context_dim.
 RECIPES: dict[str, Callable[[int, int], Flow]] = {
     "gaussian": lambda d, c: flows.gaussian(d, c, hidden_dims=HIDDEN),
@@ -286,13 +332,21 @@ TRANSFORM_ROWS = [
         ),
     ),
 ]
+STOCHASTIC_ROWS = [
+    *(Row(name, make) for name, make in _stochastic_plain().items()),
+    *(
+        Row(name + suffix, lambda make=make, c=c: make(c))
+        for name, make in _stochastic().items()
+        for suffix, c in (("", 0), ("-conditional", CONTEXT_DIM))
+    ),
+]
 FLOW_ROWS = [
     Row(f"{name}-{d}{'-conditional' if c else ''}", lambda make=make, d=d, c=c: make(d, c))
     for name, make in RECIPES.items()
     for d, c in ((1, 0), (2, CONTEXT_DIM), (5, 0))
 ]
 # What is exported but is no row of its own: the contracts themselves.
-ABSTRACT = {"FlowTransform", "Fixed", "UnivariateMap"}
+ABSTRACT = {"FlowTransform", "Fixed", "StochasticLayer", "StochasticTransform", "UnivariateMap"}
 
 
 def as_older(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import gaussian, glow, iaf, maf, nice, nsf, planar, realnvp
+from pyro_nf.flows.stochastic import StochasticFlowDistribution
 from pyro_nf.flows.student import StudentT
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
+    "StochasticFlowDistribution",
     "StudentT",
     "gaussian",
     "glow",

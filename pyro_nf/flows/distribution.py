@@ -20,6 +20,7 @@ from pyro_nf._checks import (
     size_of,
 )
 from pyro_nf.flows.base import log_prob_and_score
+from pyro_nf.ops.kinds import LogProbKind
 from pyro_nf.ops.layout import flat_event
 from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.transforms.base import FlowTransform
@@ -47,6 +48,9 @@ class FlowDistribution(dist.TransformedDistribution):
         base_dist: The base, with the event of the transform's domain and the whole batch shape.
         transform: The map from base to data, with its context filled in.
         owner: The Module whose parameters the density depends on; the transform by default.
+
+    Attributes:
+        log_prob_kind: "exact", or an "estimate" if the transform's ladj is one.
 
     Example:
         >>> import torch
@@ -79,7 +83,12 @@ class FlowDistribution(dist.TransformedDistribution):
             validate_args=validate_args,
         )
         self._owner = transform if owner is None else owner
-        self._last: _LastSample | None = None
+        self._last: LastSample | None = None
+
+    @property
+    def log_prob_kind(self) -> LogProbKind:
+        """What ``log_prob`` returns: "exact", or an "estimate" that is right on average."""
+        return self.transform.ladj_kind
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         """This distribution with another batch shape, and independent noise for each element."""
@@ -140,7 +149,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws with gradients to all parameters; their density may then be free once."""
         y, log_prob = self.rsample_and_log_prob(sample_shape)
-        if not (torch.compiler.is_compiling() or _is_inside_transform(y)):
+        if not (torch.compiler.is_compiling() or is_inside_transform(y)):
             self._remember(y, log_prob)
         return y
 
@@ -152,7 +161,7 @@ class FlowDistribution(dist.TransformedDistribution):
         tensors = self._tensors()
         count = sum(t.numel() for t in tensors)
         if count <= MOST_NUMBERS or log_prob.numel() >= FEWEST_ROWS:
-            self._last = _LastSample(y, log_prob, _joined(tensors))
+            self._last = LastSample(y, log_prob, joined(tensors))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradients."""
@@ -171,7 +180,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if (
             last is not None
             and last.is_of(value)
-            and torch.equal(last.state, _joined(self._tensors()))
+            and torch.equal(last.state, joined(self._tensors()))
         ):
             return last.log_prob
         if self._validate_args and not is_all_real(self.transform.codomain):
@@ -190,7 +199,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
         NaN stays where ``value`` has it, and where parameters or a context make it.
         """
-        is_seen = not (torch.compiler.is_compiling() or _is_inside_transform(log_prob))
+        is_seen = not (torch.compiler.is_compiling() or is_inside_transform(log_prob))
         if is_seen and value.device.type == "cpu" and math.isfinite(log_prob.detach().sum()):
             return log_prob  # as is the rule; the sum shows it at the least cost
         event_dim = len(self.event_shape)
@@ -229,17 +238,17 @@ def _event_shape(event_shape: Size, transform: FlowTransform) -> Size:
     )
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def joined(tensors: list[Tensor]) -> Tensor:
     """Every number of them: version counters miss what fused optimisers change."""
     return torch.cat([t.detach().reshape(-1) for t in tensors] or [torch.empty(0)])
 
 
-def _is_inside_transform(tensor: Tensor) -> bool:
+def is_inside_transform(tensor: Tensor) -> bool:
     """Whether torch.func is transforming what is computed: then values cannot be compared."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-class _LastSample:
+class LastSample:
     """A sample's log density, tied to that sample and to the state it was computed in."""
 
     def __init__(self, y: Tensor, log_prob: Tensor, state: Tensor) -> None:
@@ -252,14 +261,14 @@ class _LastSample:
             y.register_hook(lambda _: _empty(mine()))
 
     def is_of(self, value: Tensor) -> bool:
-        return (
-            not self._spent
-            and self._y() is value
-            and self._version == value._version
-            and self._grad == torch.is_grad_enabled()
-        )
+        """Whether the density is that of this tensor, with a graph that can be gone through."""
+        return not self._spent and self.is_drawn(value) and self._grad == torch.is_grad_enabled()
+
+    def is_drawn(self, value: Tensor) -> bool:
+        """Whether it is the very tensor that was drawn, unchanged."""
+        return self._y() is value and self._version == value._version
 
 
-def _empty(last: _LastSample | None) -> None:
+def _empty(last: LastSample | None) -> None:
     if last is not None:
         last._spent = True

@@ -37,10 +37,13 @@ from pyro_nf._storage import (
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
+from pyro_nf.flows.stochastic import StochasticFlowDistribution
 from pyro_nf.flows.student import StudentT
+from pyro_nf.ops.kinds import LogProbKind, in_words
 from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.affine import FixedAffine, with_unit_triangles
 from pyro_nf.transforms.base import FlowTransform, indented
+from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform
 
 P = ParamSpec("P")
 
@@ -101,7 +104,8 @@ class Flow(nn.Module):
     where :math:`e` is the embedding, if there is one.
 
     Args:
-        transform: The map from base to data, in the units of the data.
+        transform: The map from base to data, in the units of the data; or layers that draw or lose
+            something, a :class:`~pyro_nf.transforms.stochastic.StochasticTransform`.
         base: Makes the base distribution; standard normals by default.
         embed: Makes vectors ``(..., context_dim)`` of contexts; None for contexts that are vectors.
 
@@ -128,13 +132,13 @@ class Flow(nn.Module):
 
     def __init__(
         self,
-        transform: FlowTransform,
+        transform: FlowTransform | StochasticTransform,
         base: Base | None = None,
         *,
         embed: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_kind("Flow", "transform", transform, FlowTransform)
+        check_kind("Flow", "transform", transform, (FlowTransform, StochasticTransform))
         if base is None:
             if transform.event_shape is None:
                 raise ValueError(
@@ -173,7 +177,14 @@ class Flow(nn.Module):
         self.units: FixedAffine | None = None
         self.context_units: FixedAffine | None = None
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    @property
+    def log_prob_kind(self) -> LogProbKind:
+        """What ``log_prob`` returns: "exact", an "estimate" or a "bound" of the log density."""
+        return self.transform.ladj_kind
+
+    def forward(
+        self, context: Tensor | None = None
+    ) -> FlowDistribution | StochasticFlowDistribution:
         """Makes the distribution.
 
         Args:
@@ -186,9 +197,14 @@ class Flow(nn.Module):
         """
         c = self._embedded(context)
         base_dist = self.base() if c is None else self.base(c.shape[:-1])
-        return FlowDistribution(base_dist, self._given(c), self)
+        transform = self._given(c)
+        if isinstance(transform, StochasticTransform):
+            return StochasticFlowDistribution(base_dist, transform, self)
+        return FlowDistribution(base_dist, transform, self)
 
-    def transform_in_units(self, context: Tensor | None = None) -> FlowTransform:
+    def transform_in_units(
+        self, context: Tensor | None = None
+    ) -> FlowTransform | StochasticTransform:
         """The map from the base to the data in their own units, with the context filled in.
 
         Args:
@@ -196,10 +212,14 @@ class Flow(nn.Module):
         """
         return self._given(None if context is None else self._embedded(context))
 
-    def _given(self, c: Tensor | None) -> FlowTransform:
+    def _given(self, c: Tensor | None) -> FlowTransform | StochasticTransform:
         """The map to the data in their own units, given contexts as the transform sees them."""
         transform = self.transform if c is None else self.transform.condition(c)
-        return transform if self.units is None else _InUnits(transform, self.units)
+        if self.units is None:
+            return transform
+        if isinstance(transform, StochasticTransform):
+            return StochasticChain([transform, self.units])
+        return _InUnits(transform, self.units)
 
     def _embedded(self, context: Tensor | None) -> Tensor | None:
         """The contexts as the transform sees them: in units, and embedded.
@@ -418,6 +438,8 @@ class Flow(nn.Module):
         size = f"event_shape={tuple(self.event_shape)}"
         size = size if self.input_dim is None else f"input_dim={self.input_dim}"
         head = f"Flow({made}, {size}{context}, {count:,} parameters)"
+        if self.log_prob_kind != "exact":
+            head += f"\n  log_prob: {in_words(self.log_prob_kind)}"
         embed = "" if self.embed is None else f"\n  embed: {indented(repr(self.embed))}"
         parts = f"\n  base: {self.base!r}\n  transform: {indented(repr(self.transform))}"
         return head + embed + parts
@@ -445,6 +467,7 @@ class _InUnits(FlowTransform):
         super().__init__(context_dim=transform.context_dim, event_shape=transform.event_shape)
         self.transform, self.units = transform, units
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
+        self.ladj_kind = transform.ladj_kind
         self.domain = transform.domain
 
     @property

@@ -143,6 +143,8 @@ def is_within(inner: Constraint, outer: Constraint) -> bool:
 def at_ends(value: Tensor, space: Constraint) -> Tensor:
     """Which entries are at an end of a space or beyond it, where no density can be fitted.
 
+    The ends of a discrete space belong to it, and what is no whole number lies outside.
+
     Args:
         value: Points, shape ``(..., D)``.
         space: The space that they should lie in.
@@ -155,9 +157,14 @@ def at_ends(value: Tensor, space: Constraint) -> Tensor:
         [True, False, True]
     """
     known = ends(space)
+    outside = torch.zeros_like(value, dtype=torch.bool)
+    if space.is_discrete:
+        outside = value != value.round()
     if known is None:
-        return torch.zeros_like(value, dtype=torch.bool)
+        return outside
     low, high = (end.to(value) for end in known)
+    if space.is_discrete:
+        return outside | (value < low) | (value > high)
     return (value <= low) | (value >= high)
 
 

@@ -28,6 +28,7 @@ from pyro_nf._checks import (
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.devices import in_double
+from pyro_nf.ops.kinds import in_words
 from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.train.baselines import GaussianCopula
 from pyro_nf.train.budget import Budget
@@ -58,6 +59,7 @@ from pyro_nf.train.table import (
 )
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.stochastic import StochasticTransform
 
 DEFAULT_STEPS = 5_000
 RACE_SHARE = 0.08
@@ -133,6 +135,8 @@ class DensityFit:
         rows |= {f"start after its race: {name}": value for name, value in self.starts.items()}
         width = max(len(name) for name in rows)
         lines = [f"{name:<{width}}  {value:10.4f}" for name, value in rows.items()]
+        if self.flow.log_prob_kind != "exact":
+            lines.append(f"log_prob of the flow is {in_words(self.flow.log_prob_kind)}")
         stopped = f"stopped by {self.history.stopped} after {self.history.steps} steps"
         return "\n".join([f"{'validation loss':<{width}}  {'nats':>10}", *lines, stopped])
 
@@ -182,6 +186,10 @@ def fit_density(
     the normal too; and if a Gaussian mixture found by EM is better on the validation rows than all
     others after their race, the flow starts from that base (`MixtureBase`) and trains on, layers
     and all. The mixture and the copula are of vectors: for other events they are left out.
+
+    A flow with layers that draw or lose something is trained by the bound that its ``log_prob`` is,
+    with fresh draws in each step and the same ones in each look at validation; one whose
+    log-determinants are estimated likewise.
 
     Ctrl-C at any moment ends the fit with the best state so far.
 
@@ -443,7 +451,8 @@ class _Work:
                 if (self.flow.units is not None)
                 else rows
             )
-        own = type(start) not in _OUR_STARTS  # which may draw from the global generators
+        # which may draw from the global generators
+        own = type(start) not in _OUR_STARTS or self.flow.log_prob_kind != "exact"
         rows = self._embedded(rows)
         with own_randomness(self.options.seed) if own else nullcontext():
             start(self.flow, rows.y, rows.context)
@@ -502,6 +511,8 @@ class _Work:
             loss = _mean_loss(flow, self.checked)
         if not math.isnan(loss):
             result.baselines[mixture.name] = loss
+        if flow.transform.codomain.is_discrete:
+            return  # of which a copula has no density
         copula_budget = budget.part(MIXTURE_SHARE / 2)
         copula = GaussianCopula(self._seen(self.table, self.units).y)
         loss = -copula.log_prob(held_out.y[:MOST_COPULA_ROWS], copula_budget).mean().item()
@@ -621,7 +632,7 @@ _OUR_STARTS = (AsGiven, MixtureBase, Standardised, StudentTails, Whitened)
 
 def _draws(flow: Flow) -> bool:
     """Whether a flow may draw random numbers in training, as dropout does."""
-    return any(
+    return flow.log_prob_kind != "exact" or any(
         type(module).__module__.split(".")[0] not in ("pyro_nf", "torch")
         or isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
         for module in flow.modules()
@@ -638,7 +649,9 @@ def _mean_loss(
 ) -> float:
     """The mean over the rows, or over the first of them if the budget ends before."""
     total, count = 0.0, 0
-    with torch.no_grad():
+    # bounds and estimates by the same draws at each look, so that states are compared without noise
+    draws = own_randomness(0) if flow.log_prob_kind != "exact" else nullcontext()
+    with torch.no_grad(), draws:
         for part in table.pieces(min(at_once, ROWS_AT_ONCE)):
             total += flow(part.context).log_prob(part.y).sum().item()
             count += len(part)
@@ -654,7 +667,7 @@ def _groups(flow: Flow, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [], "weight_decay": weight_decay},
     ]
     for module in flow.modules():
-        network = not isinstance(module, (FlowTransform, Base, Flow))
+        network = not isinstance(module, (FlowTransform, StochasticTransform, Base, Flow))
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
                 groups[network and name.startswith("weight") and p.dim() > 1]["params"].append(p)
@@ -686,7 +699,8 @@ def _read(
         )
     codomain = flow.transform.codomain
     check_inside("x", whole.y, codomain)
-    check_columns_vary("x", whole.y)
+    if not codomain.is_discrete:
+        check_columns_vary("x", whole.y)
     if whole.context is not None and flow.embed is None:
         check_columns_vary("context", whole.context)
     if isinstance(validation, (Tensor, tuple)):
@@ -707,7 +721,8 @@ def _read(
         check_nothing_far("validation", held_out.y, of_rows)
         if of_contexts is not None and held_out.context is not None:
             check_nothing_far("the contexts of validation", held_out.context, of_contexts)
-    warn_of_repeated_values(whole.y)
+    if not codomain.is_discrete:
+        warn_of_repeated_values(whole.y)
     return table, held_out, (of_rows if is_all_real(codomain) else None, of_contexts)
 
 

@@ -256,6 +256,8 @@ def check_columns_vary(name: str, values: Tensor) -> None:
 def check_inside(name: str, values: Tensor, space: Constraint) -> None:
     """Raises if an entry is at an end of the space that a flow maps onto, or beyond it.
 
+    In a discrete space, if it is no whole number or beyond an end.
+
     Args:
         name: What the rows are called in the message.
         values: Shape ``(N, *event_shape)``.
@@ -264,6 +266,12 @@ def check_inside(name: str, values: Tensor, space: Constraint) -> None:
     outside = at_ends(values, space)
     if bool(outside.any()):
         place = tuple(outside.nonzero()[0].tolist())
+        if space.is_discrete:
+            raise ValueError(
+                f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} "
+                f"{_at(place)}, but the flow makes whole numbers ({space}); "
+                f"{_count_rows(outside)} such row(s) in all. Round, drop or correct them."
+            )
         raise ValueError(
             f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} {_at(place)}, "
             f"but the flow maps onto {describe(space)}, whose ends have no density "

@@ -1,4 +1,4 @@
-"""Invertible maps of events, as Pyro transforms and torch modules at once."""
+"""Invertible maps of events, as Pyro transforms and torch modules, and layers that are random."""
 
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import (
@@ -27,6 +27,11 @@ from pyro_nf.transforms.elementwise import (
 from pyro_nf.transforms.linear import ActNorm, LULinear
 from pyro_nf.transforms.permutation import Permutation
 from pyro_nf.transforms.planar import Planar, Radial
+from pyro_nf.transforms.stochastic import (
+    StochasticChain,
+    StochasticLayer,
+    StochasticTransform,
+)
 
 __all__ = [
     "ActNorm",
@@ -50,6 +55,9 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Softsign",
+    "StochasticChain",
+    "StochasticLayer",
+    "StochasticTransform",
     "Tanh",
     "additive_coupling",
     "affine_autoregressive",

@@ -31,6 +31,7 @@ from pyro_nf._checks import (
     size_of,
 )
 from pyro_nf.ops.gradients import gradients, unwatched
+from pyro_nf.ops.kinds import LadjKind, weakest
 from pyro_nf.ops.layout import flat_event
 from pyro_nf.ops.spaces import describe, is_within, over_events
 
@@ -78,6 +79,8 @@ class FlowTransform(TransformModule, ConditionalTransform):
     Attributes:
         fast: The direction that costs one pass ("forward", "inverse", "both", or "neither").
         inverse_kind: Whether the inverse is "exact" or "numeric" (solved to a tolerance).
+        ladj_kind: Whether the ladj is "exact" or an "estimate": a random number, another one at
+            each call, whose mean is the ladj and whose gradient has its gradient as mean.
         event_shape: Shape of the event ``x``; None if any will do.
         input_dim: Its size if it is a vector, else None.
 
@@ -88,6 +91,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
     bijective = True
     fast: Fast = "both"
     inverse_kind: InverseKind = "exact"
+    ladj_kind: LadjKind = "exact"
     # What follows from the shape of x until somebody asks, or a subclass says otherwise.
     _output_shape: Size | None = None
     _space_of_x: constraints.Constraint | None = None
@@ -368,6 +372,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
             shown = [f"event_shape={tuple(self.event_shape)}"]
         shown += [f"context_dim={self.context_dim}"] if self.context_dim else []
         shown += [f"fast={self.fast!r}"] if self.fast != "both" else []
+        shown += [f"ladj_kind={self.ladj_kind!r}"] if self.ladj_kind != "exact" else []
         univariate = getattr(self, "univariate", None)
         return shown if univariate is None else [type(univariate).__name__, *shown]
 
@@ -421,7 +426,7 @@ class Inverse(FlowTransform):
         swapped: dict[Fast, Fast] = {"forward": "inverse", "inverse": "forward"}
         self.transform = transform
         self.fast = swapped.get(transform.fast, transform.fast)
-        self.inverse_kind = transform.inverse_kind
+        self.inverse_kind, self.ladj_kind = transform.inverse_kind, transform.ladj_kind
         self.domain, self.codomain = transform.codomain, transform.domain
 
     def _described(self) -> list[str]:
@@ -471,6 +476,7 @@ class Conditioned(FlowTransform):
         check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
         self.transform = transform
         self.fast, self.inverse_kind = transform.fast, transform.inverse_kind
+        self.ladj_kind = transform.ladj_kind
         self._space_of_x, self._space_of_y = transform.domain, transform.codomain
         self.register_buffer("context", context, persistent=False)
 
@@ -503,7 +509,7 @@ class Chain(FlowTransform):
     r"""One transform after the other, :math:`y = T_K(\dots T_2(T_1(x)))`; ladjs add up.
 
     The context goes to the parts that take one. A direction is fast if it is fast in every part;
-    the inverse is exact if every part's is.
+    the inverse is exact if every part's is, and so is the ladj.
 
     Args:
         parts: Transforms in forward order, at least one.
@@ -525,7 +531,8 @@ class Chain(FlowTransform):
         check_listed("Chain", "parts", parts, "a list of transforms")
         parts = list(parts)
         for part in parts:
-            check_kind("Chain", "every entry of parts", part, FlowTransform)
+            do = "layers that draw or lose something go into a StochasticChain"
+            check_kind("Chain", "every entry of parts", part, FlowTransform, do)
         if not parts:
             raise ValueError("Chain: parts must have at least one transform, got none.")
         for i, (part, following) in enumerate(pairwise(parts)):
@@ -544,6 +551,7 @@ class Chain(FlowTransform):
         self.inverse_kind = (
             "exact" if all(part.inverse_kind == "exact" for part in parts) else "numeric"
         )
+        self.ladj_kind = cast(LadjKind, weakest(part.ladj_kind for part in parts))
         self.domain, self.codomain = parts[0].domain, parts[-1].codomain
 
     def forward_shape(self, shape: Sequence[int]) -> Size:

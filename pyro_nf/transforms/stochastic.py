@@ -1,0 +1,539 @@
+"""The sibling of a FlowTransform: layers that draw random numbers, or lose information."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import pairwise
+from operator import add
+from typing import Any, Literal, NoReturn, TypeAlias, cast
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_nf._checks import (
+    check_context,
+    check_count,
+    check_counts,
+    check_dtype,
+    check_event,
+    check_flag,
+    check_kind,
+    check_listed,
+    floating_dtype,
+    is_count,
+    joint_batch_shape,
+)
+from pyro_nf.ops.kinds import LogProbKind, weakest
+from pyro_nf.ops.spaces import describe, is_within
+from pyro_nf.transforms.base import Chain, FlowTransform, indented
+
+Random = Literal["forward", "inverse", "both", "neither"]
+Shape: TypeAlias = "int | Sequence[int] | None"
+Part: TypeAlias = "FlowTransform | StochasticTransform"
+
+_OTHER_WAY: dict[Random, Random] = {"forward": "inverse", "inverse": "forward"}
+
+
+class StochasticTransform(nn.Module, ABC):
+    r"""Two conditional laws, one for each direction, between base and data.
+
+    .. math:: y \sim p(y \mid x; c), \qquad x \sim q(x \mid y; c)
+
+    ``x`` is on the side of the base, ``y`` on the side of the data, ``c`` is the context. It is
+    what a :class:`~pyro_nf.transforms.base.FlowTransform` is, without the promise that one
+    direction undoes the other: a direction may draw random numbers (a stochastic layer), or drop a
+    part of what it gets (a surjection). It has the same methods, and where a FlowTransform returns
+    a log-determinant it returns a *contribution*,
+
+    .. math:: V(x, y) = \log q(x \mid y; c) - \log p(y \mid x; c)
+
+    forward, and :math:`-V` in the inverse direction. Where a direction draws nothing, its law is
+    the limit of narrow ones. So with a base :math:`p_0`
+
+    .. math:: \log p(y) \ge E_{x \sim q} \left[ \log p_0(x) - V(x, y) \right], \qquad
+              p(y) = E_{x \sim q} \left[ p_0(x) \, e^{-V(x, y)} \right].
+
+    The left one is a bound, which is tight if q is the posterior of ``x``. If the inverse draws
+    nothing, both sides are equal, and the contribution is exact.
+
+    Most layers are a :class:`StochasticLayer`; :class:`StochasticChain` puts them in a row, with
+    transforms among them. Values are floating point numbers, also where they are whole: on a side
+    whose space is discrete, as ``constraints.integer_interval``, integer tensors are taken too.
+
+    *SurVAE Flows: Surjections to Bridge the Gap between VAEs and Flows* (Nielsen, Jaini, Hoogeboom,
+    Winther, Welling, 2020); *Stochastic Normalizing Flows* (Wu, Köhler, Noé, 2020).
+
+    Args:
+        event_shape: Shape of ``x``, an integer for a vector; None if any will do.
+        context_dim: Width of the context, 0 for none.
+        output_shape: Shape of ``y``; that of ``x`` by default.
+
+    Attributes:
+        random: Which directions draw random numbers: "forward", "inverse", "both" or "neither".
+        has_rsample: Whether the draws carry the gradient of their law: they are smooth in what the
+            law depends on, or the law depends on nothing that learns.
+        ladj_kind: Whether what the inverse returns makes a log density that is "exact", an
+            "estimate" or a "bound".
+
+    Raises:
+        ValueError: If a size makes no sense.
+    """
+
+    random: Random = "both"
+    has_rsample: bool = True
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+
+    def __init__(
+        self, event_shape: Shape = None, context_dim: int = 0, *, output_shape: Shape = None
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.event_shape = _shape(owner, "event_shape", event_shape)
+        self.output_shape = _shape(owner, "output_shape", output_shape) or self.event_shape
+        check_count(owner, "context_dim", context_dim, at_least=0)
+        self.context_dim = context_dim
+
+    @property
+    def input_dim(self) -> int | None:
+        """Size of ``x`` if it is a vector of a known size, else None."""
+        is_vector = self.event_shape is not None and len(self.event_shape) == 1
+        return cast(torch.Size, self.event_shape)[0] if is_vector else None
+
+    @property
+    def ladj_kind(self) -> LogProbKind:
+        """What a log density made with this layer is: a bound if the inverse draws ``x``."""
+        return "bound" if self.random in ("inverse", "both") else "exact"
+
+    @abstractmethod
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns ``y`` and the contribution V."""
+
+    @abstractmethod
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and the contribution of the inverse, -V."""
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Goes from base to data.
+
+        Args:
+            x: Points on the base side, shape ``(..., *event_shape)``.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
+
+        Returns:
+            ``y`` of shape ``(..., *output_shape)``, and the contribution V, ``(...)``.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If an argument is not a floating tensor of the dtype of the parameters.
+        """
+        y, ladj = self._forward_and_ladj(self._expand("x", x, context), context)
+        return y.contiguous(), ladj
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Goes from data to base.
+
+        Args:
+            y: Points on the data side, shape ``(..., *output_shape)``.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``y``.
+
+        Returns:
+            ``x`` of shape ``(..., *event_shape)``, and the contribution -V, ``(...)``.
+
+        Raises:
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If an argument is not a floating tensor of the dtype of the parameters.
+        """
+        return self._inverse_and_ladj(self._expand("y", y, context), context)
+
+    def _expand(self, name: Literal["x", "y"], value: Tensor, context: Tensor | None) -> Tensor:
+        """The points with the whole batch shape, checked."""
+        owner, dtype = type(self).__name__, floating_dtype(self)
+        is_x = name == "x"
+        space = self.domain if is_x else self.codomain
+        shape = self.event_shape if is_x else self.output_shape
+        if space.is_discrete and isinstance(value, Tensor) and _is_integral(value):
+            value = value.to(dtype or torch.get_default_dtype())
+        check_event(owner, name, value, None, space.event_dim)
+        event = value.shape[value.dim() - space.event_dim :]
+        if shape not in (None, event):
+            raise ValueError(
+                f"{owner}: {name} must have the shape (..., {str(tuple(shape))[1:-1].strip(',')}), "
+                f"got {name}.shape = {tuple(value.shape)}."
+            )
+        check_context(owner, context, self.context_dim)
+        check_dtype(owner, name, value, dtype)
+        if context is not None:
+            check_dtype(owner, "context", context, dtype)
+        return value.expand(joint_batch_shape(owner, name, value, context, space.event_dim) + event)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape of ``y``, batch included, for ``x`` of this shape.
+
+        Args:
+            shape: Shape of ``x``.
+        """
+        return self._exchanged("forward_shape", shape, self.event_shape, self.output_shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape of ``x``, batch included, for ``y`` of this shape.
+
+        Args:
+            shape: Shape of ``y``.
+        """
+        return self._exchanged("inverse_shape", shape, self.output_shape, self.event_shape)
+
+    def _exchanged(
+        self, name: str, shape: Sequence[int], old: torch.Size | None, new: torch.Size | None
+    ) -> torch.Size:
+        owner = f"{type(self).__name__}.{name}"
+        check_counts(owner, "shape", shape, at_least=0, empty=True)
+        shape = torch.Size(shape)
+        if old is None or new is None:
+            return shape
+        if shape[len(shape) - len(old) :] != old:
+            raise ValueError(f"{owner}: shape must end with {tuple(old)}, got {tuple(shape)}.")
+        return shape[: len(shape) - len(old)] + new
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> NoReturn:
+        """Raises: a draw is no function of ``x`` that a score could be pushed through.
+
+        Args:
+            x: As of a FlowTransform.
+            score: As of a FlowTransform.
+            context: As of a FlowTransform.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__}: push_score, and the path gradient that needs it, wants an "
+            "invertible transform; a layer that draws or loses something has none. Take the plain "
+            "gradient, as ELBO(Reparameterised())."
+        )
+
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
+        """Sets what can be set from data, and returns the data as the base side then sees them.
+
+        Args:
+            y: Data, shape ``(N, *output_shape)``.
+            context: Their contexts, shape ``(N, context_dim)``.
+            whiten: Whether linear maps remove correlations too, not only means and scales.
+
+        Returns:
+            ``x`` of shape ``(N, *event_shape)``.
+        """
+        check_flag(type(self).__name__, "whiten", whiten)
+        with torch.no_grad():
+            return self.inverse_and_ladj(y, context)[0]
+
+    def condition(self, context: Tensor) -> StochasticTransform:
+        """This layer with the context filled in; itself if it takes no context.
+
+        Args:
+            context: Shape ``(..., context_dim)``.
+        """
+        if self.context_dim:
+            return _Conditioned(self, context)
+        check_kind(type(self).__name__, "context", context, Tensor)
+        return self
+
+    @property
+    def inv(self) -> StochasticTransform:
+        """The same two laws with the directions exchanged, as a Module with the same parameters."""
+        return _Inverse(self)
+
+    def extra_repr(self) -> str:
+        """What is shown in the parentheses."""
+        return f"random={self.random!r}, ladj_kind={self.ladj_kind!r}"
+
+
+class StochasticLayer(StochasticTransform):
+    r"""One layer, by three short methods.
+
+    - ``_forward(x, context)`` draws or computes ``y``;
+    - ``_inverse(y, context)`` draws or computes ``x``;
+    - ``_contribution(x, y, context)`` is :math:`V = \log q(x|y) - \log p(y|x)`, summed over the
+      event. A direction that draws nothing adds nothing to it, but the log-determinant of what it
+      maps, if it maps anything.
+
+    A subclass says in ``random`` which directions draw, and in ``domain`` and ``codomain`` where
+    ``x`` and ``y`` lie. Noise comes from torch's global generators, as everywhere in Pyro. If
+    value and contribution are to be had in one pass, as where a flow draws the noise, a subclass
+    may write ``_forward_and_ladj`` or ``_inverse_and_ladj`` too; the contribution of a given pair
+    must agree with them.
+
+    Args:
+        event_shape: Shape of ``x``, an integer for a vector; None if any will do.
+        context_dim: Width of the context, 0 for none.
+        output_shape: Shape of ``y``; that of ``x`` by default.
+
+    Example:
+        >>> import math, torch
+        >>> from pyro.distributions import constraints
+        >>> class Abs(StochasticLayer):
+        ...     "y = |x|; the inverse throws a coin for the sign."
+        ...     random, codomain = "inverse", constraints.independent(constraints.nonnegative, 1)
+        ...     def _forward(self, x, context):
+        ...         return x.abs()
+        ...     def _inverse(self, y, context):
+        ...         return y * (2 * torch.randint_like(y, 2) - 1)
+        ...     def _contribution(self, x, y, context):
+        ...         return -math.log(2) * x.shape[-1] * torch.ones_like(x[..., 0])
+        >>> from pyro_nf.flows.flow import Flow
+        >>> d = Flow(Abs(1))()
+        >>> d.log_prob_kind, round(d.log_prob(torch.tensor([1.0])).exp().item(), 4)
+        ('bound', 0.4839)
+    """
+
+    @abstractmethod
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Draws ``y`` given ``x``."""
+
+    @abstractmethod
+    def _inverse(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Draws ``x`` given ``y``."""
+
+    @abstractmethod
+    def _contribution(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        """Returns V of a pair, without the event's dimensions."""
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = self._forward(x, context)
+        return y, self._contribution(x, y, context)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._inverse(y, context)
+        return x, -self._contribution(x, y, context)
+
+    def contribution(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The contribution V of a given pair: nothing is drawn.
+
+        Args:
+            x: Points on the base side, shape ``(..., *event_shape)``.
+            y: Points on the data side, shape ``(..., *output_shape)``, of the same batch shape.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against theirs.
+
+        Returns:
+            Shape ``(...)``.
+        """
+        x, y = self._expand("x", x, context), self._expand("y", y, context)
+        return self._contribution(x, y, context)
+
+
+class StochasticChain(StochasticTransform):
+    r"""One layer after the other, transforms and stochastic ones; contributions add up.
+
+    .. math:: V = \sum_k V_k(x_{k-1}, x_k)
+
+    It is as good as its weakest part: a bound if one of them draws in the inverse direction, else
+    an estimate if a log-determinant is one. The context goes to the parts that take one.
+
+    Args:
+        parts: Transforms and stochastic transforms in forward order, at least one.
+
+    Raises:
+        ValueError: If there is no part, or if neighbours do not fit: their sizes differ, or what
+            the one makes lies outside of what the next one takes.
+        TypeError: If a part is of another kind.
+
+    Example:
+        >>> from pyro_nf.transforms.linear import LULinear
+        >>> StochasticChain([LULinear(2), LULinear(2)]).ladj_kind
+        'exact'
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        check_listed("StochasticChain", "parts", parts, "a list of transforms")
+        parts = list(parts)
+        for part in parts:
+            kinds = (FlowTransform, StochasticTransform)
+            check_kind("StochasticChain", "every entry of parts", part, kinds)
+        if not parts:
+            raise ValueError("StochasticChain: parts must have at least one entry, got none.")
+        for i, (part, following) in enumerate(pairwise(parts)):
+            _check_spaces(i, part, following)
+        shapes = _shapes_of(parts)
+        dims = {part.context_dim for part in parts if part.context_dim}
+        if len(dims) > 1:
+            raise ValueError(
+                f"StochasticChain: all parts must share one context_dim, got {sorted(dims)}."
+            )
+        super().__init__(shapes[0], max(dims, default=0), output_shape=shapes[1])
+        self.parts = nn.ModuleList(parts)
+        self.domain, self.codomain = parts[0].domain, parts[-1].codomain
+        mine = [part for part in parts if isinstance(part, StochasticTransform)]
+        self.random = _union(part.random for part in mine)
+        self.has_rsample = all(part.has_rsample for part in mine)
+
+    def _parts(self) -> list[Part]:
+        return cast("list[Part]", list(self.parts))
+
+    @property
+    def ladj_kind(self) -> LogProbKind:
+        return weakest(part.ladj_kind for part in self._parts())
+
+    @property
+    def inv(self) -> StochasticChain:
+        return StochasticChain([part.inv for part in reversed(self._parts())])
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ladjs = []
+        for part in self._parts():
+            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
+            ladjs.append(ladj)
+        return x, reduce(add, ladjs)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        ladjs = []
+        for part in reversed(self._parts()):
+            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
+            ladjs.append(ladj)
+        return y, reduce(add, ladjs)
+
+    def start_from_data(
+        self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
+    ) -> Tensor:
+        check_flag("StochasticChain", "whiten", whiten)
+        y = self._expand("y", y, context)
+        for part in reversed(self._parts()):
+            y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
+        return y
+
+    def __repr__(self) -> str:
+        lines = [f"({i}): {indented(repr(part))}" for i, part in enumerate(self._parts())]
+        return "\n  ".join([f"StochasticChain({self.extra_repr()})", *lines])
+
+
+def chained(parts: Iterable[Part]) -> Chain | StochasticChain:
+    """The chain of these parts: a transform if all of them are.
+
+    Args:
+        parts: As of :class:`~pyro_nf.transforms.base.Chain` and :class:`StochasticChain`.
+
+    Example:
+        >>> from pyro_nf.transforms.linear import LULinear
+        >>> type(chained([LULinear(2)])).__name__
+        'Chain'
+    """
+    parts = list(parts)
+    if any(isinstance(part, StochasticTransform) for part in parts):
+        return StochasticChain(parts)
+    return Chain(cast("list[FlowTransform]", parts))
+
+
+class _Inverse(StochasticTransform):
+    """The same laws, with the directions exchanged."""
+
+    def __init__(self, transform: StochasticTransform) -> None:
+        shapes = transform.output_shape, transform.event_shape
+        super().__init__(shapes[0], transform.context_dim, output_shape=shapes[1])
+        self.transform = transform
+        self.random = _OTHER_WAY.get(transform.random, transform.random)
+        self.has_rsample = transform.has_rsample
+        self.domain, self.codomain = transform.codomain, transform.domain
+
+    @property
+    def inv(self) -> StochasticTransform:
+        return self.transform
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x, context)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._forward_and_ladj(y, context)
+
+
+class _Conditioned(StochasticTransform):
+    """A stochastic transform with its context filled in."""
+
+    context: Tensor
+
+    def __init__(self, transform: StochasticTransform, context: Tensor) -> None:
+        super().__init__(transform.event_shape, output_shape=transform.output_shape)
+        check_context(type(transform).__name__, context, transform.context_dim)
+        check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
+        self.transform = transform
+        self.random, self.has_rsample = transform.random, transform.has_rsample
+        self.domain, self.codomain = transform.domain, transform.codomain
+        self.register_buffer("context", context, persistent=False)
+
+    @property
+    def ladj_kind(self) -> LogProbKind:
+        return self.transform.ladj_kind
+
+    @property
+    def inv(self) -> StochasticTransform:
+        return _Conditioned(self.transform.inv, self.context)
+
+    def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_ladj(x, self.context)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(y, self.context)
+
+
+def _shape(owner: str, name: str, shape: Any) -> torch.Size | None:
+    """A shape; an integer stands for a vector."""
+    if shape is None:
+        return None
+    shape = (shape,) if is_count(shape) else shape
+    check_counts(owner, name, shape)
+    return torch.Size(shape)
+
+
+def _is_integral(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _shapes(part: Part) -> tuple[torch.Size | None, torch.Size | None]:
+    """The shapes of an event on both sides, None where any will do."""
+    if isinstance(part, StochasticTransform):
+        return part.event_shape, part.output_shape
+    shape = None if part.input_dim is None else torch.Size((part.input_dim,))
+    return shape, shape
+
+
+def _union(ways: Iterable[Random]) -> Random:
+    """Which directions draw if one of these does."""
+    ways = set(ways) - {"neither"}
+    if not ways:
+        return "neither"
+    return ways.pop() if len(ways) == 1 else "both"
+
+
+def _check_spaces(i: int, part: Part, following: Part) -> None:
+    """Raises if what a part makes lies outside of what the next one takes."""
+    made, taken = part.codomain, following.domain
+    if not is_within(made, taken) or (taken.is_discrete and not made.is_discrete):
+        raise ValueError(
+            f"StochasticChain: part {i}, {type(part).__name__}, makes {_points(made)}, but part "
+            f"{i + 1}, {type(following).__name__}, takes {_points(taken)}. Put a map from the one "
+            "onto the other between them, or change their order."
+        )
+
+
+def _points(space: constraints.Constraint) -> str:
+    whole = "whole numbers of " if space.is_discrete else ""
+    return f"events of {space.event_dim} dimension(s) in {whole}{describe(space)}"
+
+
+def _shapes_of(parts: Sequence[Part]) -> tuple[torch.Size | None, torch.Size | None]:
+    """The shapes of an event before the first part and after the last, None where any will do."""
+    first = shape = None
+    for i, part in enumerate(parts):
+        taken, made = _shapes(part)
+        if None not in (shape, taken) and shape != taken:
+            raise ValueError(
+                f"StochasticChain: part {i}, {type(part).__name__}, takes events of shape "
+                f"{tuple(cast(torch.Size, taken))}, but what comes before it makes "
+                f"{tuple(cast(torch.Size, shape))}; their sizes must agree."
+            )
+        first = taken if first is None else first
+        shape = shape if made is None else made
+    return first, shape
