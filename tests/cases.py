@@ -294,6 +294,9 @@ def _stochastic_plain() -> dict[str, Callable[[], StochasticTransform]]:
         "StochasticLayer-abs": lambda: layers.Abs(2),
         "StochasticLayer-any-size": layers.Abs,
         "StochasticLayer-largest": lambda: layers.Largest(3, output_shape=1),
+        "StochasticLayer-image": lambda: layers.Slice(
+            event_shape=(2, 3, 2), output_shape=(1, 3, 2)
+        ),
         "StochasticLayer-metropolis": lambda: layers.Metropolis(
             torch.tensor([0.0, -1.0, 0.5, -2.0])
         ),

@@ -53,12 +53,12 @@ class Largest(StochasticLayer):
 class Noise(StochasticLayer):
     """y = x + s e; the inverse draws from a normal around a share of y. All of it learns."""
 
-    def __init__(self, event_shape: int, context_dim: int = 0) -> None:
-        super().__init__(event_shape, context_dim)
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
         self.log_scale = nn.Parameter(torch.tensor(-0.5))
         self.share = nn.Parameter(torch.tensor(0.6))
         self.log_width = nn.Parameter(torch.tensor(-0.3))
-        self.shift = nn.Linear(context_dim, event_shape) if context_dim else None
+        self.shift = nn.Linear(context_dim, input_dim) if context_dim else None
 
     def p(self, x: Tensor, context: Tensor | None) -> Normal:
         shift = 0.0 if self.shift is None else self.shift(context)
@@ -83,9 +83,9 @@ class Augment(StochasticLayer):
 
     random = "forward"
 
-    def __init__(self, event_shape: int, more: int, context_dim: int = 0) -> None:
-        super().__init__(event_shape, context_dim, output_shape=event_shape + more)
-        self.net = nn.Linear(event_shape + context_dim, more)
+    def __init__(self, input_dim: int, more: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim, output_shape=input_dim + more)
+        self.net = nn.Linear(input_dim + context_dim, more)
 
     def law(self, x: Tensor, context: Tensor | None) -> Normal:
         given = x if context is None else torch.cat([x, context.expand(*x.shape[:-1], -1)], -1)
@@ -95,10 +95,25 @@ class Augment(StochasticLayer):
         return torch.cat([x, self.law(x, context).rsample()], -1)
 
     def _inverse(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return y[..., : self.event_shape[0]]
+        return y[..., : self.input_dim]
 
     def _contribution(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         return -self.law(x, context).log_prob(y[..., x.shape[-1] :]).sum(-1)
+
+
+class Slice(StochasticLayer):
+    """y is the first channel of an image; the inverse draws the others."""
+
+    random = "inverse"
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return x[..., :1, :, :]
+
+    def _inverse(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return torch.cat([y, 0.8 * torch.randn_like(y)], -3)
+
+    def _contribution(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        return Normal(0.0, 0.8).log_prob(x[..., 1:, :, :]).sum((-3, -2, -1))
 
 
 class Rounded(StochasticLayer):
@@ -142,7 +157,7 @@ class Argmax(StochasticLayer):
         return (Normal(self.loc, 1.6).log_prob(u) - log_slope).sum(-1)
 
     def _is_top(self, y: Tensor) -> Tensor:
-        return torch.arange(self.event_shape[0]) == y
+        return torch.arange(self.input_dim) == y
 
 
 class Die(Base):

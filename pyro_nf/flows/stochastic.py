@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_nf._checks import check_count, check_flag, check_kind, size_of
 from pyro_nf.flows.distribution import LastSample, is_inside_transform, joined
 from pyro_nf.ops.kinds import LogProbKind
+from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.transforms.stochastic import StochasticTransform
 
 
@@ -173,7 +174,7 @@ class StochasticFlowDistribution(dist.TorchDistribution):
         is_last = last is not None and last.is_drawn(value)
         if last is not None and is_last and torch.equal(last.state, joined(self._tensors())):
             return last.log_prob if torch.is_grad_enabled() else last.log_prob.detach()
-        if self._validate_args and self.transform.codomain is not dist.constraints.real_vector:
+        if self._validate_args and not is_all_real(self.transform.codomain):
             check_kind("StochasticFlowDistribution", "value", value, Tensor)
             self._validate_sample(value)
         x, ladj = self.transform.inverse_and_ladj(value)

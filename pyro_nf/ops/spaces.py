@@ -130,7 +130,7 @@ def is_within(inner: Constraint, outer: Constraint) -> bool:
         >>> is_within(unit, positive), is_within(positive, unit)
         (True, False)
     """
-    if inner.event_dim != outer.event_dim:
+    if inner.event_dim != outer.event_dim or (outer.is_discrete and not inner.is_discrete):
         return False
     inside, outside = ends(inner), ends(outer)
     if inside is None or outside is None:

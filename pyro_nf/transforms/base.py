@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import pairwise
 from operator import add
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from pyro.distributions import TransformModule, constraints
@@ -310,15 +310,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
         event_shape: Size | None,
         space: constraints.Constraint,
     ) -> Tensor:
-        owner, event_dim = type(self).__name__, space.event_dim
-        check_event_shape(owner, name, value, event_shape, event_dim)
-        check_context(owner, context, self.context_dim)
-        dtype = floating_dtype(self)
-        check_dtype(owner, name, value, dtype)
-        if context is not None:
-            check_dtype(owner, "context", context, dtype)
-        batch_shape = joint_batch_shape(owner, name, value, context, event_dim)
-        return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
+        return with_whole_batch(self, name, value, context, event_shape, space)
 
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
@@ -535,17 +527,8 @@ class Chain(FlowTransform):
             check_kind("Chain", "every entry of parts", part, FlowTransform, do)
         if not parts:
             raise ValueError("Chain: parts must have at least one transform, got none.")
-        for i, (part, following) in enumerate(pairwise(parts)):
-            if not is_within(part.codomain, following.domain):
-                raise ValueError(
-                    f"Chain: part {i}, {type(part).__name__}, makes {_points(part.codomain)}, but "
-                    f"part {i + 1}, {type(following).__name__}, takes {_points(following.domain)}. "
-                    "Put a map from the one onto the other between them, or change their order."
-                )
-        context_dims = [part.context_dim for part in parts if part.context_dim]
-        if len(set(context_dims)) > 1:
-            raise ValueError(f"Chain: all parts must share one context_dim, got {context_dims}.")
-        super().__init__(context_dim=max(context_dims, default=0), event_shape=_first_shape(parts))
+        context_dim, event_shape = sizes_of_chain("Chain", parts)
+        super().__init__(context_dim=context_dim, event_shape=event_shape)
         self.parts = nn.ModuleList(parts)
         self.fast = _common_way([part.fast for part in parts])
         self.inverse_kind = (
@@ -611,7 +594,8 @@ class Chain(FlowTransform):
 def _points(space: constraints.Constraint) -> str:
     """A space in words, with the number of dimensions of its events."""
     kind = {0: "single numbers", 1: "vectors"}.get(space.event_dim, f"{space.event_dim}-D events")
-    return f"{kind} in {describe(space)}"
+    whole = "of whole numbers " if space.is_discrete else ""
+    return f"{kind} {whole}in {describe(space)}"
 
 
 _MOST_LINES = 12  # of a chain that is printed
@@ -627,7 +611,63 @@ def _all_real(event_shape: Size | None) -> constraints.Constraint:
     return over_events(constraints.real, 1 if event_shape is None else len(event_shape))
 
 
-def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
+def with_whole_batch(
+    module: Any,
+    name: str,
+    value: Tensor,
+    context: Tensor | None,
+    event_shape: Size | None,
+    space: constraints.Constraint,
+) -> Tensor:
+    """Points that a transform takes, with the batch shape that they share with the context.
+
+    Args:
+        module: The transform, with its ``context_dim``.
+        name: What the points are called in messages.
+        value: The points.
+        context: Their contexts, or None.
+        event_shape: Shape of an event, None for any.
+        space: The space of the points.
+
+    Raises:
+        ValueError: If a shape is wrong, or the context is missing or superfluous.
+        TypeError: If an argument is not a floating tensor of the dtype of the parameters.
+    """
+    owner, event_dim = type(module).__name__, space.event_dim
+    check_event_shape(owner, name, value, event_shape, event_dim)
+    check_context(owner, context, module.context_dim)
+    dtype = floating_dtype(module)
+    check_dtype(owner, name, value, dtype)
+    if context is not None:
+        check_dtype(owner, "context", context, dtype)
+    batch_shape = joint_batch_shape(owner, name, value, context, event_dim)
+    return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
+
+
+def sizes_of_chain(owner: str, parts: Sequence[Any]) -> tuple[int, Size | None]:
+    """The width of the context that parts in a row take, and the shape of the first event.
+
+    Args:
+        owner: The chain, in messages.
+        parts: What it is made of, in forward order.
+
+    Raises:
+        ValueError: If neighbours do not fit.
+    """
+    for i, (part, following) in enumerate(pairwise(parts)):
+        if not is_within(part.codomain, following.domain):
+            raise ValueError(
+                f"{owner}: part {i}, {type(part).__name__}, makes {_points(part.codomain)}, but "
+                f"part {i + 1}, {type(following).__name__}, takes {_points(following.domain)}. "
+                "Put a map from the one onto the other between them, or change their order."
+            )
+    dims = [part.context_dim for part in parts if part.context_dim]
+    if len(set(dims)) > 1:
+        raise ValueError(f"{owner}: all parts must share one context_dim, got {dims}.")
+    return max(dims, default=0), _first_shape(owner, parts)
+
+
+def _first_shape(owner: str, parts: Sequence[Any]) -> Size | None:
     """The event shape that a chain takes, None for any; raises if neighbours do not fit."""
     known = [i for i, part in enumerate(parts) if part.event_shape is not None]
     if not known:
@@ -640,7 +680,7 @@ def _first_shape(parts: Sequence[FlowTransform]) -> Size | None:
     for i, part in enumerate(parts):
         if part.event_shape not in (None, shape):
             raise ValueError(
-                f"Chain: part {i - 1}, {type(parts[i - 1]).__name__}, makes events of shape "
+                f"{owner}: part {i - 1}, {type(parts[i - 1]).__name__}, makes events of shape "
                 f"{tuple(shape)}, but part {i}, {type(part).__name__}, takes events of shape "
                 f"{tuple(part.event_shape or ())}. Give both parts the same event_shape (for "
                 "vectors, input_dim), or put a map from the one onto the other between them."

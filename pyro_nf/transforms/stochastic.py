@@ -5,33 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from itertools import pairwise
 from operator import add
-from typing import Any, Literal, NoReturn, TypeAlias, cast
+from typing import Literal, NoReturn, TypeAlias, cast
 
 import torch
 from pyro.distributions import constraints
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from pyro_nf._checks import (
     check_context,
     check_count,
-    check_counts,
     check_dtype,
-    check_event,
     check_flag,
     check_kind,
     check_listed,
+    event_shape_of,
     floating_dtype,
-    is_count,
-    joint_batch_shape,
+    input_dim_of,
+    shape_of,
+    size_of,
 )
 from pyro_nf.ops.kinds import LogProbKind, weakest
-from pyro_nf.ops.spaces import describe, is_within
-from pyro_nf.transforms.base import Chain, FlowTransform, indented
+from pyro_nf.ops.spaces import over_events
+from pyro_nf.transforms.base import (
+    Chain,
+    FlowTransform,
+    indented,
+    sizes_of_chain,
+    with_whole_batch,
+)
 
 Random = Literal["forward", "inverse", "both", "neither"]
-Shape: TypeAlias = "int | Sequence[int] | None"
 Part: TypeAlias = "FlowTransform | StochasticTransform"
 
 _OTHER_WAY: dict[Random, Random] = {"forward": "inverse", "inverse": "forward"}
@@ -67,9 +71,11 @@ class StochasticTransform(nn.Module, ABC):
     Winther, Welling, 2020); *Stochastic Normalizing Flows* (Wu, Köhler, Noé, 2020).
 
     Args:
-        event_shape: Shape of ``x``, an integer for a vector; None if any will do.
+        input_dim: Size of ``x`` if it is a vector. If ``event_shape`` is None too, any size will
+            do.
         context_dim: Width of the context, 0 for none.
-        output_shape: Shape of ``y``; that of ``x`` by default.
+        event_shape: Shape of ``x``, instead of ``input_dim``.
+        output_shape: Shape of ``y``, an integer for a vector; that of ``x`` by default.
 
     Attributes:
         random: Which directions draw random numbers: "forward", "inverse", "both" or "neither".
@@ -88,20 +94,29 @@ class StochasticTransform(nn.Module, ABC):
     codomain: constraints.Constraint = constraints.real_vector
 
     def __init__(
-        self, event_shape: Shape = None, context_dim: int = 0, *, output_shape: Shape = None
+        self,
+        input_dim: int | None = None,
+        context_dim: int = 0,
+        *,
+        event_shape: Sequence[int] | None = None,
+        output_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        self.event_shape = _shape(owner, "event_shape", event_shape)
-        self.output_shape = _shape(owner, "output_shape", output_shape) or self.event_shape
         check_count(owner, "context_dim", context_dim, at_least=0)
         self.context_dim = context_dim
-
-    @property
-    def input_dim(self) -> int | None:
-        """Size of ``x`` if it is a vector of a known size, else None."""
-        is_vector = self.event_shape is not None and len(self.event_shape) == 1
-        return cast(torch.Size, self.event_shape)[0] if is_vector else None
+        self.event_shape: Size | None = None
+        if input_dim is not None or event_shape is not None:
+            self.event_shape = event_shape_of(owner, input_dim, event_shape)
+        self.input_dim = input_dim_of(self.event_shape)
+        self.output_shape = self.event_shape
+        if output_shape is not None:
+            self.output_shape = shape_of(owner, "output_shape", output_shape)
+        # all real events of the shape, unless a subclass says otherwise
+        if self.domain is constraints.real_vector and self.event_shape is not None:
+            self.domain = over_events(constraints.real, len(self.event_shape))
+        if self.codomain is constraints.real_vector and self.output_shape is not None:
+            self.codomain = over_events(constraints.real, len(self.output_shape))
 
     @property
     def ladj_kind(self) -> LogProbKind:
@@ -150,53 +165,44 @@ class StochasticTransform(nn.Module, ABC):
         return self._inverse_and_ladj(self._expand("y", y, context), context)
 
     def _expand(self, name: Literal["x", "y"], value: Tensor, context: Tensor | None) -> Tensor:
-        """The points with the whole batch shape, checked."""
-        owner, dtype = type(self).__name__, floating_dtype(self)
-        is_x = name == "x"
-        space = self.domain if is_x else self.codomain
-        shape = self.event_shape if is_x else self.output_shape
+        """The points with the whole batch shape, checked; whole numbers as floating ones."""
+        space = self.domain if name == "x" else self.codomain
+        shape = self.event_shape if name == "x" else self.output_shape
         if space.is_discrete and isinstance(value, Tensor) and _is_integral(value):
-            value = value.to(dtype or torch.get_default_dtype())
-        check_event(owner, name, value, None, space.event_dim)
-        event = value.shape[value.dim() - space.event_dim :]
-        if shape not in (None, event):
-            raise ValueError(
-                f"{owner}: {name} must have the shape (..., {str(tuple(shape))[1:-1].strip(',')}), "
-                f"got {name}.shape = {tuple(value.shape)}."
-            )
-        check_context(owner, context, self.context_dim)
-        check_dtype(owner, name, value, dtype)
-        if context is not None:
-            check_dtype(owner, "context", context, dtype)
-        return value.expand(joint_batch_shape(owner, name, value, context, space.event_dim) + event)
+            value = value.to(floating_dtype(self) or torch.get_default_dtype())
+        return with_whole_batch(self, name, value, context, shape, space)
 
-    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of ``y``, batch included, for ``x`` of this shape.
+    def forward_shape(self, shape: Sequence[int]) -> Size:
+        """The shape of ``y`` for an ``x`` of this shape, batch and event.
 
         Args:
-            shape: Shape of ``x``.
-        """
-        return self._exchanged("forward_shape", shape, self.event_shape, self.output_shape)
+            shape: A shape that ends in ``event_shape``.
 
-    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """The shape of ``x``, batch included, for ``y`` of this shape.
+        Raises:
+            ValueError: If it does not.
+        """
+        return self._exchanged(shape, self.event_shape, self.output_shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> Size:
+        """The shape of ``x`` for a ``y`` of this shape, batch and event.
 
         Args:
-            shape: Shape of ``y``.
-        """
-        return self._exchanged("inverse_shape", shape, self.output_shape, self.event_shape)
+            shape: A shape that ends in ``output_shape``.
 
-    def _exchanged(
-        self, name: str, shape: Sequence[int], old: torch.Size | None, new: torch.Size | None
-    ) -> torch.Size:
-        owner = f"{type(self).__name__}.{name}"
-        check_counts(owner, "shape", shape, at_least=0, empty=True)
-        shape = torch.Size(shape)
+        Raises:
+            ValueError: If it does not.
+        """
+        return self._exchanged(shape, self.output_shape, self.event_shape)
+
+    def _exchanged(self, shape: Sequence[int], old: Size | None, new: Size | None) -> Size:
+        owner = type(self).__name__
+        shape = size_of(owner, "shape", shape)
         if old is None or new is None:
             return shape
-        if shape[len(shape) - len(old) :] != old:
-            raise ValueError(f"{owner}: shape must end with {tuple(old)}, got {tuple(shape)}.")
-        return shape[: len(shape) - len(old)] + new
+        batch = len(shape) - len(old)
+        if batch < 0 or shape[batch:] != old:
+            raise ValueError(f"{owner}: shape must end in {tuple(old)}, got {tuple(shape)}.")
+        return shape[:batch] + new
 
     def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> NoReturn:
         """Raises: a draw is no function of ``x`` that a score could be pushed through.
@@ -269,9 +275,11 @@ class StochasticLayer(StochasticTransform):
     must agree with them.
 
     Args:
-        event_shape: Shape of ``x``, an integer for a vector; None if any will do.
+        input_dim: Size of ``x`` if it is a vector. If ``event_shape`` is None too, any size will
+            do.
         context_dim: Width of the context, 0 for none.
-        output_shape: Shape of ``y``; that of ``x`` by default.
+        event_shape: Shape of ``x``, instead of ``input_dim``.
+        output_shape: Shape of ``y``, an integer for a vector; that of ``x`` by default.
 
     Example:
         >>> import math, torch
@@ -356,15 +364,11 @@ class StochasticChain(StochasticTransform):
             check_kind("StochasticChain", "every entry of parts", part, kinds)
         if not parts:
             raise ValueError("StochasticChain: parts must have at least one entry, got none.")
-        for i, (part, following) in enumerate(pairwise(parts)):
-            _check_spaces(i, part, following)
-        shapes = _shapes_of(parts)
-        dims = {part.context_dim for part in parts if part.context_dim}
-        if len(dims) > 1:
-            raise ValueError(
-                f"StochasticChain: all parts must share one context_dim, got {sorted(dims)}."
-            )
-        super().__init__(shapes[0], max(dims, default=0), output_shape=shapes[1])
+        context_dim, event_shape = sizes_of_chain("StochasticChain", parts)
+        output_shape = None
+        if event_shape is not None:
+            output_shape = reduce(lambda shape, part: part.forward_shape(shape), parts, event_shape)
+        super().__init__(None, context_dim, event_shape=event_shape, output_shape=output_shape)
         self.parts = nn.ModuleList(parts)
         self.domain, self.codomain = parts[0].domain, parts[-1].codomain
         mine = [part for part in parts if isinstance(part, StochasticTransform)]
@@ -431,8 +435,8 @@ class _Inverse(StochasticTransform):
     """The same laws, with the directions exchanged."""
 
     def __init__(self, transform: StochasticTransform) -> None:
-        shapes = transform.output_shape, transform.event_shape
-        super().__init__(shapes[0], transform.context_dim, output_shape=shapes[1])
+        x_shape, y_shape = transform.output_shape, transform.event_shape
+        super().__init__(None, transform.context_dim, event_shape=x_shape, output_shape=y_shape)
         self.transform = transform
         self.random = _OTHER_WAY.get(transform.random, transform.random)
         self.has_rsample = transform.has_rsample
@@ -455,7 +459,8 @@ class _Conditioned(StochasticTransform):
     context: Tensor
 
     def __init__(self, transform: StochasticTransform, context: Tensor) -> None:
-        super().__init__(transform.event_shape, output_shape=transform.output_shape)
+        x_shape, y_shape = transform.event_shape, transform.output_shape
+        super().__init__(event_shape=x_shape, output_shape=y_shape)
         check_context(type(transform).__name__, context, transform.context_dim)
         check_dtype(type(transform).__name__, "context", context, floating_dtype(transform))
         self.transform = transform
@@ -478,25 +483,8 @@ class _Conditioned(StochasticTransform):
         return self.transform.inverse_and_ladj(y, self.context)
 
 
-def _shape(owner: str, name: str, shape: Any) -> torch.Size | None:
-    """A shape; an integer stands for a vector."""
-    if shape is None:
-        return None
-    shape = (shape,) if is_count(shape) else shape
-    check_counts(owner, name, shape)
-    return torch.Size(shape)
-
-
 def _is_integral(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-
-
-def _shapes(part: Part) -> tuple[torch.Size | None, torch.Size | None]:
-    """The shapes of an event on both sides, None where any will do."""
-    if isinstance(part, StochasticTransform):
-        return part.event_shape, part.output_shape
-    shape = None if part.input_dim is None else torch.Size((part.input_dim,))
-    return shape, shape
 
 
 def _union(ways: Iterable[Random]) -> Random:
@@ -505,35 +493,3 @@ def _union(ways: Iterable[Random]) -> Random:
     if not ways:
         return "neither"
     return ways.pop() if len(ways) == 1 else "both"
-
-
-def _check_spaces(i: int, part: Part, following: Part) -> None:
-    """Raises if what a part makes lies outside of what the next one takes."""
-    made, taken = part.codomain, following.domain
-    if not is_within(made, taken) or (taken.is_discrete and not made.is_discrete):
-        raise ValueError(
-            f"StochasticChain: part {i}, {type(part).__name__}, makes {_points(made)}, but part "
-            f"{i + 1}, {type(following).__name__}, takes {_points(taken)}. Put a map from the one "
-            "onto the other between them, or change their order."
-        )
-
-
-def _points(space: constraints.Constraint) -> str:
-    whole = "whole numbers of " if space.is_discrete else ""
-    return f"events of {space.event_dim} dimension(s) in {whole}{describe(space)}"
-
-
-def _shapes_of(parts: Sequence[Part]) -> tuple[torch.Size | None, torch.Size | None]:
-    """The shapes of an event before the first part and after the last, None where any will do."""
-    first = shape = None
-    for i, part in enumerate(parts):
-        taken, made = _shapes(part)
-        if None not in (shape, taken) and shape != taken:
-            raise ValueError(
-                f"StochasticChain: part {i}, {type(part).__name__}, takes events of shape "
-                f"{tuple(cast(torch.Size, taken))}, but what comes before it makes "
-                f"{tuple(cast(torch.Size, shape))}; their sizes must agree."
-            )
-        first = taken if first is None else first
-        shape = shape if made is None else made
-    return first, shape

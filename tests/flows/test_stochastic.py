@@ -41,6 +41,7 @@ from tests.stochastic_layers import (
     Metropolis,
     Noise,
     Rounded,
+    Slice,
     TracedLinear,
 )
 
@@ -144,6 +145,13 @@ def an_augmentation() -> Case:
     return Case(Flow(StochasticChain([augment, turn]), base(1)), truth, y)
 
 
+def an_image() -> Case:
+    """A channel is dropped; what is drawn for it is narrower than what it was."""
+    flow = Flow(Slice(event_shape=(2, 3, 2), output_shape=(1, 3, 2))).double()
+    y = torch.linspace(-1.0, 1.0, 12, dtype=F64).reshape(2, 1, 3, 2)
+    return Case(flow, lambda y: Normal(0.0, 1.0).log_prob(y).sum((-3, -2, -1)), y)
+
+
 def a_rounding() -> Case:
     of = normals(base(2))
 
@@ -179,6 +187,7 @@ CASES = [
     a_noise,
     a_conditional_noise,
     an_augmentation,
+    an_image,
     a_rounding,
     an_argmax,
     a_metropolis,
@@ -322,7 +331,7 @@ def test_a_chain_is_as_good_as_its_weakest_part() -> None:
 
 
 def test_parts_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"part 1, LULinear, takes events of shape \(2,\).*\(3,\)"):
+    with pytest.raises(ValueError, match=r"part 0, Augment, makes .*\(3,\), but part 1.*\(2,\)"):
         StochasticChain([Augment(2, 1), LULinear(2)])
     with pytest.raises(ValueError, match="whole numbers"):
         StochasticChain([LULinear(1), Metropolis(LOG_TARGET)])
