@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from pyro_nf._checks import (
     check_arguments,
     check_callable,
+    check_context,
     check_count,
     check_counts,
+    check_event_rows,
     check_kind,
     check_number,
     check_seed,
@@ -1009,7 +1011,8 @@ def check_log_prob(
     """
     check_kind("check_log_prob", "flow", flow, Flow)
     check_callable("check_log_prob", "truth", truth, "a function of points", count=1)
-    check_kind("check_log_prob", "y", y, Tensor)
+    check_event_rows("check_log_prob", "y", y, flow.event_shape)
+    check_context("check_log_prob", context, flow.context_dim)
     check_count("check_log_prob", "num_samples", num_samples, at_least=2)
     d = flow() if context is None else flow(context)
     with torch.no_grad(), _seeded(0):

@@ -29,13 +29,16 @@ import pyro_nf as nf
 from pyro_nf import flows, infer, plots, testing, train, transforms, univariate
 from pyro_nf import nn as conditioners
 from pyro_nf.vi.fit import SVIFit
+from tests.stochastic_layers import Noise
 
 FACES = (nf, univariate, conditioners, transforms, flows, train, testing, plots, infer)
 
 # What nobody calls with arguments of their own.
 RECORDS = {"DensityFit", "History", "Posterior", "SVIFit", "Weights", "GaussianStart"}
 CONTRACTS = {"Base", "Fixed", "FlowTransform", "UnivariateMap"}
-LAWS = {law.__name__ for law in (*testing.TRANSFORM_LAWS, *testing.FLOW_LAWS)}
+LAWS = {
+    law.__name__ for law in (*testing.TRANSFORM_LAWS, *testing.STOCHASTIC_LAWS, *testing.FLOW_LAWS)
+}
 # The library's own parts call these in every step, with what they made themselves.
 INNER = {
     "ELBO.__call__",
@@ -61,6 +64,8 @@ INNER = {
     "UnivariateMap.refuse_hidden_weights",
     "univariate.UnivariateMap.refuse_hidden_weights",
     "ends_are_safe",
+    "StochasticFlowDistribution.score_parts",
+    "StochasticTransform.push_score",  # which always raises
     *LAWS,
 }
 
@@ -292,6 +297,20 @@ def saved() -> Path:
 @cache
 def coupling() -> transforms.Chain:
     return transforms.affine_coupling(2, 1, hidden_dims=(4,))
+
+
+class StochasticLayer(Noise):
+    """A layer whose messages begin with the library's own name."""
+
+
+@cache
+def noise() -> StochasticLayer:
+    return StochasticLayer(2, 1)
+
+
+@cache
+def noisy() -> flows.StochasticFlowDistribution:
+    return flows.Flow(StochasticLayer(2))()
 
 
 def rows(count: int = 3, width: int = 2) -> Tensor:
@@ -558,6 +577,36 @@ def _transforms() -> dict[str, Door]:
             lambda: {"transform": coupling(), "context": rows(3, 1)},
             {"transform": OBJECT | takes(unconditional=lambda: t.ActNorm(2)), "context": DATA},
         ),
+        "StochasticChain": Door(
+            t.StochasticChain,
+            lambda: {"parts": [t.ActNorm(2), noise()]},
+            {"parts": takes(other=lambda: [t.ActNorm(3), noise()])},
+            says={"parts": "part"},
+        ),
+        "StochasticChain.start_from_data": start_from_data(
+            lambda: t.StochasticChain([t.LULinear(2), Noise(2)])
+        ),
+        "StochasticLayer.contribution": Door(
+            noise().contribution,
+            lambda: {"x": rows(), "y": rows(), "context": rows(3, 1)},
+            {"x": POINTS, "y": POINTS, "context": DATA},
+        ),
+        "StochasticTransform.condition": Door(
+            noise().condition, lambda: {"context": rows(3, 1)}, {"context": DATA}
+        ),
+        "StochasticTransform.forward_and_ladj": of_points(noise().forward_and_ladj, "x"),
+        "StochasticTransform.forward_shape": Door(
+            noise().forward_shape,
+            lambda: {"shape": (3, 2)},
+            {"shape": takes(other=lambda: (2, 3))},
+        ),
+        "StochasticTransform.inverse_and_ladj": of_points(noise().inverse_and_ladj, "y"),
+        "StochasticTransform.inverse_shape": Door(
+            noise().inverse_shape,
+            lambda: {"shape": (3, 2)},
+            {"shape": takes(other=lambda: (2, 3))},
+        ),
+        "StochasticTransform.start_from_data": start_from_data(noise, 1),
         "LeakyReLU": Door(
             t.LeakyReLU,
             lambda: {"slope": 0.1, "event_dim": 1},
@@ -634,10 +683,9 @@ def _flows() -> dict[str, Door]:
             lambda **given: base()(**given), lambda: {"batch_shape": (3,)}, {"batch_shape": SHAPE}
         )
 
-    def draws_of(name: str) -> Door:
-        return Door(
-            getattr(flow()(), name), lambda: {"sample_shape": (3,)}, {"sample_shape": SHAPE}
-        )
+    def draws_of(name: str, d: Any = None) -> Door:
+        call = getattr(flow()() if d is None else d, name)
+        return Door(call, lambda: {"sample_shape": (3,)}, {"sample_shape": SHAPE})
 
     def score_of(base: Callable[[], f.Base]) -> Door:
         return Door(
@@ -764,6 +812,38 @@ def _flows() -> dict[str, Door]:
         "FlowDistribution.push_score": Door(
             flow()().push_score, lambda: {"x": rows()}, {"x": POINTS}
         ),
+        "StochasticFlowDistribution": Door(
+            f.StochasticFlowDistribution,
+            lambda: {
+                "base_dist": f.DiagonalNormal(2)(),
+                "transform": Noise(2),
+                "owner": None,
+                "validate_args": None,
+            },
+            {
+                "base_dist": OBJECT | takes(other=lambda: f.DiagonalNormal(3)()),
+                "transform": OBJECT | takes(other=lambda: Noise(3)),
+                "owner": OPTIONAL | takes("module"),
+                "validate_args": OPTIONAL | FLAG,
+            },
+        ),
+        "StochasticFlowDistribution.expand": Door(
+            noisy().expand, lambda: {"batch_shape": (3,)}, {"batch_shape": SHAPE}
+        ),
+        "StochasticFlowDistribution.importance_weighted_log_prob": Door(
+            noisy().importance_weighted_log_prob,
+            lambda: {"value": rows(), "num_samples": 3},
+            {"value": POINTS, "num_samples": COUNT},
+            says={"value": "y"},
+        ),
+        "StochasticFlowDistribution.log_prob": Door(
+            noisy().log_prob, lambda: {"value": rows()}, {"value": POINTS}, says={"value": "y"}
+        ),
+        "StochasticFlowDistribution.rsample": draws_of("rsample", noisy()),
+        "StochasticFlowDistribution.rsample_and_log_prob": draws_of(
+            "rsample_and_log_prob", noisy()
+        ),
+        "StochasticFlowDistribution.sample": draws_of("sample", noisy()),
         "FlowDistribution.log_prob": Door(
             flow()().log_prob, lambda: {"value": rows()}, {"value": POINTS}, says={"value": "y"}
         ),
@@ -1059,6 +1139,27 @@ def _laws() -> dict[str, Door]:
             t.check_transform,
             lambda: {"transform": transforms.Permutation([0])},
             {"transform": OBJECT},
+        ),
+        "check_stochastic": Door(
+            t.check_stochastic, lambda: {"transform": noise()}, {"transform": OBJECT}
+        ),
+        "check_log_prob": Door(
+            t.check_log_prob,
+            lambda: {
+                "flow": flows.realnvp(2),
+                "truth": lambda y: dist.Normal(0.0, 1.0).log_prob(y).sum(-1),
+                "y": rows(),
+                "context": None,
+                "num_samples": 10,
+            },
+            {
+                "flow": OBJECT,
+                "truth": FUNCTION | takes("module"),
+                "y": DATA,
+                "context": OPTIONAL,
+                "num_samples": COUNT | takes(one=lambda: 1),
+            },
+            runs=False,
         ),
         "check_flow": Door(t.check_flow, lambda: {"flow": flows.gaussian(1)}, {"flow": OBJECT}),
         "check_guide": Door(

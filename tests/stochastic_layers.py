@@ -62,11 +62,11 @@ class Noise(StochasticLayer):
 
     def p(self, x: Tensor, context: Tensor | None) -> Normal:
         shift = 0.0 if self.shift is None else self.shift(context)
-        return Normal(x + shift, self.log_scale.exp())
+        return Normal(x + shift, self.log_scale.exp(), validate_args=False)
 
     def q(self, y: Tensor, context: Tensor | None) -> Normal:
         shift = 0.0 if self.shift is None else self.shift(context)
-        return Normal(self.share * (y - shift), self.log_width.exp())
+        return Normal(self.share * (y - shift), self.log_width.exp(), validate_args=False)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.p(x, context).rsample()

@@ -330,17 +330,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
             return self.inverse_and_ladj(y, context)[0]
 
     def _check_rows(self, y: Tensor, context: Tensor | None, whiten: bool) -> None:
-        """Raises unless ``start_from_data`` can take its arguments."""
-        owner = type(self).__name__
-        check_tensor(
-            owner, "y", y, (None, *(self.output_shape or (None,) * self.codomain.event_dim))
-        )
-        if not len(y):
-            raise ValueError(f"{owner}: y must have at least one row, got {tuple(y.shape)}.")
-        check_context(owner, context, self.context_dim)
-        if context is not None:
-            check_tensor(owner, "context", context, (len(y), self.context_dim))
-        check_flag(owner, "whiten", whiten)
+        check_start(self, y, context, whiten)
 
     def condition(self, context: Tensor) -> FlowTransform:
         """This transform with the context filled in; itself if it takes no context."""
@@ -609,6 +599,26 @@ def indented(text: str) -> str:
 def _all_real(event_shape: Size | None) -> constraints.Constraint:
     """All events of a shape; all vectors if it is not known."""
     return over_events(constraints.real, 1 if event_shape is None else len(event_shape))
+
+
+def check_start(module: Any, y: Tensor, context: Tensor | None, whiten: bool) -> None:
+    """Raises unless the ``start_from_data`` of a transform can take its arguments.
+
+    Args:
+        module: The transform.
+        y: Data.
+        context: Their contexts, or None.
+        whiten: Whether correlations are removed too.
+    """
+    owner = type(module).__name__
+    shape = module.output_shape or (None,) * module.codomain.event_dim
+    check_tensor(owner, "y", y, (None, *shape))
+    if not len(y):
+        raise ValueError(f"{owner}: y must have at least one row, got {tuple(y.shape)}.")
+    check_context(owner, context, module.context_dim)
+    if context is not None:
+        check_tensor(owner, "context", context, (len(y), module.context_dim))
+    check_flag(owner, "whiten", whiten)
 
 
 def with_whole_batch(

@@ -16,7 +16,6 @@ from pyro_nf._checks import (
     check_context,
     check_count,
     check_dtype,
-    check_flag,
     check_kind,
     check_listed,
     event_shape_of,
@@ -30,6 +29,7 @@ from pyro_nf.ops.spaces import over_events
 from pyro_nf.transforms.base import (
     Chain,
     FlowTransform,
+    check_start,
     indented,
     sizes_of_chain,
     with_whole_batch,
@@ -234,7 +234,7 @@ class StochasticTransform(nn.Module, ABC):
         Returns:
             ``x`` of shape ``(N, *event_shape)``.
         """
-        check_flag(type(self).__name__, "whiten", whiten)
+        check_start(self, y, context, whiten)
         with torch.no_grad():
             return self.inverse_and_ladj(y, context)[0]
 
@@ -403,8 +403,7 @@ class StochasticChain(StochasticTransform):
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
-        check_flag("StochasticChain", "whiten", whiten)
-        y = self._expand("y", y, context)
+        check_start(self, y, context, whiten)
         for part in reversed(self._parts()):
             y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
         return y
