@@ -922,6 +922,28 @@ def stochastic_parameters_learn(transform: StochasticTransform) -> None:
         assert bool((grad != 0).any()), f"{name} gets the gradient 0"
 
 
+def stochastic_scores_are_pushed(transform: StochasticTransform) -> None:
+    """The slope of the log density under a normal base, where the inverse draws nothing."""
+    x, context = _given(transform, 5)
+    if transform.ladj_kind == "bound":
+        _raises(TypeError, "Reparameterised", transform.push_score, x, -x, context)
+        return
+    if transform.codomain.is_discrete:
+        return
+    with _seeded(0):
+        y, ladj, score = transform.push_score(x, -x, context)
+    with _seeded(0):
+        wanted = transform.forward_and_ladj(x, context)
+        leaf = y.detach().requires_grad_()
+        back, inverse_ladj = transform.inverse_and_ladj(leaf, context)
+    (slope,) = torch.autograd.grad(inverse_ladj.sum() - 0.5 * back.square().sum(), leaf)
+    _close("y of push_score", y, wanted[0], EXACT)
+    _close("contribution of push_score", ladj, wanted[1], EXACT)
+    assert not score.requires_grad, "push_score left a graph of the score"
+    if transform.ladj_kind == "exact":
+        _close("score of push_score", score, slope, 1e-7)
+
+
 def stochastic_input_is_named(transform: StochasticTransform) -> None:
     """Wrong shapes, contexts and dtypes raise the right error, with the sizes in the message."""
     x, context = _given(transform, 3)
@@ -941,8 +963,6 @@ def stochastic_input_is_named(transform: StochasticTransform) -> None:
         else:
             _raises(ValueError, "context is missing", call, value, None)
             _raises(ValueError, "context_dim = ", call, value, torch.cat((context, context), -1))
-    score = torch.zeros_like(x)
-    _raises(TypeError, "Reparameterised", transform.push_score, x, score, context)
 
 
 STOCHASTIC_LAWS: tuple[Callable[[StochasticTransform], None], ...] = (
@@ -951,6 +971,7 @@ STOCHASTIC_LAWS: tuple[Callable[[StochasticTransform], None], ...] = (
     stochastic_shapes,
     stochastic_inverse_and_copies,
     stochastic_parameters_learn,
+    stochastic_scores_are_pushed,
     stochastic_input_is_named,
 )
 

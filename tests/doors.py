@@ -29,7 +29,7 @@ import pyro_nf as nf
 from pyro_nf import flows, infer, plots, testing, train, transforms, univariate
 from pyro_nf import nn as conditioners
 from pyro_nf.vi.fit import SVIFit
-from tests.stochastic_layers import Noise
+from tests.stochastic_layers import Augment, Noise
 
 FACES = (nf, univariate, conditioners, transforms, flows, train, testing, plots, infer)
 
@@ -65,7 +65,6 @@ INNER = {
     "univariate.UnivariateMap.refuse_hidden_weights",
     "ends_are_safe",
     "StochasticFlowDistribution.score_parts",
-    "StochasticTransform.push_score",  # which always raises
     *LAWS,
 }
 
@@ -606,6 +605,11 @@ def _transforms() -> dict[str, Door]:
             lambda: {"shape": (3, 2)},
             {"shape": takes(other=lambda: (2, 3))},
         ),
+        "StochasticTransform.push_score": Door(
+            t.StochasticChain([Augment(2, 1, 1)]).push_score,
+            lambda: {"x": rows(), "score": rows(), "context": rows(3, 1)},
+            {"x": POINTS, "score": POINTS, "context": DATA},
+        ),
         "StochasticTransform.start_from_data": start_from_data(noise, 1),
         "LeakyReLU": Door(
             t.LeakyReLU,
@@ -839,6 +843,7 @@ def _flows() -> dict[str, Door]:
         "StochasticFlowDistribution.log_prob": Door(
             noisy().log_prob, lambda: {"value": rows()}, {"value": POINTS}, says={"value": "y"}
         ),
+        "StochasticFlowDistribution.push": Door(noisy().push, lambda: {"x": rows()}, {"x": POINTS}),
         "StochasticFlowDistribution.rsample": draws_of("rsample", noisy()),
         "StochasticFlowDistribution.rsample_and_log_prob": draws_of(
             "rsample_and_log_prob", noisy()

@@ -89,7 +89,7 @@ class Augment(StochasticLayer):
 
     def law(self, x: Tensor, context: Tensor | None) -> Normal:
         given = x if context is None else torch.cat([x, context.expand(*x.shape[:-1], -1)], -1)
-        return Normal(self.net(given), 0.7)
+        return Normal(self.net(given), 0.7, validate_args=False)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         return torch.cat([x, self.law(x, context).rsample()], -1)

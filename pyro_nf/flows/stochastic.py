@@ -147,7 +147,17 @@ class StochasticFlowDistribution(dist.TorchDistribution):
                 "under torch.no_grad(); train by the density of data."
             )
         draw = self.base_dist.rsample if has_path else self.base_dist.sample
-        x = draw(size_of("StochasticFlowDistribution", "sample_shape", sample_shape))
+        return self.push(draw(size_of("StochasticFlowDistribution", "sample_shape", sample_shape)))
+
+    def push(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Maps draws of the base to draws of this law, with the log weight of their paths.
+
+        Args:
+            x: Draws of ``base_dist``.
+
+        Returns:
+            ``y``, and :math:`\log p_0(x) - V(x, y)` without the event's shape.
+        """
         y, ladj = self.transform.forward_and_ladj(x)
         return y, self.base_dist.log_prob(x) - ladj
 

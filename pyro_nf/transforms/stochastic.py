@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import add
-from typing import Literal, NoReturn, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from pyro.distributions import constraints
@@ -164,10 +164,10 @@ class StochasticTransform(nn.Module, ABC):
         """
         return self._inverse_and_ladj(self._expand("y", y, context), context)
 
-    def _expand(self, name: Literal["x", "y"], value: Tensor, context: Tensor | None) -> Tensor:
+    def _expand(self, name: str, value: Tensor, context: Tensor | None) -> Tensor:
         """The points with the whole batch shape, checked; whole numbers as floating ones."""
-        space = self.domain if name == "x" else self.codomain
-        shape = self.event_shape if name == "x" else self.output_shape
+        space = self.codomain if name == "y" else self.domain
+        shape = self.output_shape if name == "y" else self.event_shape
         if space.is_discrete and isinstance(value, Tensor) and _is_integral(value):
             value = value.to(floating_dtype(self) or torch.get_default_dtype())
         return with_whole_batch(self, name, value, context, shape, space)
@@ -204,22 +204,42 @@ class StochasticTransform(nn.Module, ABC):
             raise ValueError(f"{owner}: shape must end in {tuple(old)}, got {tuple(shape)}.")
         return shape[:batch] + new
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> NoReturn:
-        """Raises: a draw is no function of ``x`` that a score could be pushed through.
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Goes from base to data, and carries the slopes of a log density along.
+
+        .. math:: \nabla_y \log p(y) = \nabla_y \left(x(y)^\top \nabla_x \log p_0(x) - V\right)
+
+        at fixed :math:`\nabla_x \log p_0(x)`, where the inverse draws nothing.
 
         Args:
-            x: As of a FlowTransform.
-            score: As of a FlowTransform.
-            context: As of a FlowTransform.
+            x: Points on the base side, shape ``(..., *event_shape)``.
+            score: :math:`\nabla_x \log p_0(x)`, of that shape.
+            context: Shape ``(..., context_dim)``; its batch broadcasts against that of ``x``.
+
+        Returns:
+            ``y`` and the contribution as of :meth:`forward_and_ladj`, and
+            :math:`\nabla_y \log p(y)` of the shape of ``y``, without a graph.
 
         Raises:
-            TypeError: Always.
+            ValueError: If a shape is wrong, or the context is missing or superfluous.
+            TypeError: If the inverse draws: the density is not known then, and neither is its
+                slope.
         """
-        raise TypeError(
-            f"{type(self).__name__}: push_score, and the path gradient that needs it, wants an "
-            "invertible transform; a layer that draws or loses something has none. Take the plain "
-            "gradient, as ELBO(Reparameterised())."
-        )
+        if self.ladj_kind == "bound":
+            raise TypeError(
+                f"{type(self).__name__}: push_score, and the path gradient that needs it, wants a "
+                "log density, but a layer that draws in the inverse direction gives a bound. Take "
+                "the plain gradient, as ELBO(Reparameterised())."
+            )
+        y, ladj = self.forward_and_ladj(x, context)
+        score = self._expand("score", score, context).detach()
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            back, inverse_ladj = self.inverse_and_ladj(leaf, context)
+            total = (back * score).sum() + inverse_ladj.sum()
+            return y, ladj, torch.autograd.grad(total, leaf)[0]
 
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
