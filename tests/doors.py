@@ -844,6 +844,11 @@ def _flows() -> dict[str, Door]:
             noisy().log_prob, lambda: {"value": rows()}, {"value": POINTS}, says={"value": "y"}
         ),
         "StochasticFlowDistribution.push": Door(noisy().push, lambda: {"x": rows()}, {"x": POINTS}),
+        "StochasticFlowDistribution.push_score": Door(
+            flows.Flow(transforms.StochasticChain([transforms.LULinear(2)]))().push_score,
+            lambda: {"x": rows()},
+            {"x": POINTS},
+        ),
         "StochasticFlowDistribution.rsample": draws_of("rsample", noisy()),
         "StochasticFlowDistribution.rsample_and_log_prob": draws_of(
             "rsample_and_log_prob", noisy()

@@ -20,10 +20,10 @@ from pyro_nf._checks import (
     size_of,
 )
 from pyro_nf.flows.base import log_prob_and_score
-from pyro_nf.ops.kinds import LogProbKind
 from pyro_nf.ops.layout import flat_event
 from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.kinds import LogProbKind
 
 MOST_NUMBERS, FEWEST_ROWS = 1_000_000, 16
 """A draw is remembered if the flow has at most so many numbers, or the draw at least so many rows.

@@ -39,10 +39,10 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.stochastic import StochasticFlowDistribution
 from pyro_nf.flows.student import StudentT
-from pyro_nf.ops.kinds import LogProbKind, in_words
 from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.affine import FixedAffine, with_unit_triangles
 from pyro_nf.transforms.base import FlowTransform, indented
+from pyro_nf.transforms.kinds import LogProbKind, in_words
 from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform
 
 P = ParamSpec("P")

@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_nf._checks import check_count, check_flag, check_kind, size_of
+from pyro_nf._checks import check_count, check_event_shape, check_flag, check_kind, size_of
+from pyro_nf.flows.base import log_prob_and_score
 from pyro_nf.flows.distribution import LastSample, is_inside_transform, joined
-from pyro_nf.ops.kinds import LogProbKind
 from pyro_nf.ops.spaces import is_all_real
+from pyro_nf.transforms.kinds import LogProbKind
 from pyro_nf.transforms.stochastic import StochasticTransform
 
 
@@ -140,12 +141,7 @@ class StochasticFlowDistribution(dist.TorchDistribution):
             NotImplementedError: If gradients are on and the draws carry none.
         """
         has_path = torch.is_grad_enabled()
-        if has_path and not self.has_rsample:
-            raise NotImplementedError(
-                "StochasticFlowDistribution: rsample wants draws that carry gradients, but those "
-                "of the base or of a layer carry none (has_rsample = False). Draw by sample, or "
-                "under torch.no_grad(); train by the density of data."
-            )
+        self._check_path(self.has_rsample)
         draw = self.base_dist.rsample if has_path else self.base_dist.sample
         return self.push(draw(size_of("StochasticFlowDistribution", "sample_shape", sample_shape)))
 
@@ -157,9 +153,41 @@ class StochasticFlowDistribution(dist.TorchDistribution):
 
         Returns:
             ``y``, and :math:`\log p_0(x) - V(x, y)` without the event's shape.
+
+        Raises:
+            NotImplementedError: If gradients are on and the draws of a layer carry none.
         """
+        self._check_path(self.transform.has_rsample)
         y, ladj = self.transform.forward_and_ladj(x)
         return y, self.base_dist.log_prob(x) - ladj
+
+    def push_score(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Maps draws of the base to draws of this law, with their log density and its slope.
+
+        Args:
+            x: Draws of ``base_dist``.
+
+        Returns:
+            ``y`` with a graph to all parameters; and, without a graph, :math:`\log p(y)` and
+            :math:`\nabla_y \log p(y)`.
+
+        Raises:
+            TypeError: If there is a bound of the log density only.
+        """
+        event_shape = self.base_dist.event_shape
+        check_event_shape("StochasticFlowDistribution", "x", x, event_shape, len(event_shape))
+        log_p0, score = log_prob_and_score(self.base_dist, x)
+        y, ladj, score = self.transform.push_score(x, score)
+        return y, log_p0 - ladj.detach(), score
+
+    def _check_path(self, has_path: bool) -> None:
+        """Raises if a gradient is wanted and there is none."""
+        if torch.is_grad_enabled() and not has_path:
+            raise NotImplementedError(
+                "StochasticFlowDistribution: rsample wants draws that carry gradients, but those "
+                "of the base or of a layer carry none (has_rsample = False). Draw by sample, or "
+                "under torch.no_grad(); train by the density of data."
+            )
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws with gradients; ``log_prob`` of this very tensor is the log weight of its path."""

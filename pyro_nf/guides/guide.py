@@ -34,8 +34,10 @@ from pyro_nf.sites.latents import InitLocFn, Model
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.base import FlowTransform, indented
+from pyro_nf.transforms.kinds import in_words
+from pyro_nf.transforms.stochastic import StochasticTransform
 
-FlowFactory = Callable[[int], Flow | FlowTransform]
+FlowFactory = Callable[[int], Flow | FlowTransform | StochasticTransform]
 
 # Draws behind a median or a quantile; the error of a median is then about 0.01 sd.
 _NUM_DRAWS = 20_000
@@ -58,7 +60,10 @@ class AutoFlow(VectorGuide):
     :meth:`recentre` the last map of all places hierarchical sites by their priors.
 
     It works wherever an ``AutoContinuous`` does: ``SVI``, ``Predictive``, ``NeuTraReparam``; and
-    takes flat priors (``ImproperUniform``). Parameters exist after :meth:`setup` with the model's
+    takes flat priors (``ImproperUniform``). With layers that draw or lose something, or estimated
+    log-determinants, it trains by the log weights of its paths, whose ELBO is a lower bound too;
+    its ``log_prob`` is then what ``flow.log_prob_kind`` says, and importance weights and NeuTra
+    refuse it. Parameters exist after :meth:`setup` with the model's
     arguments, or after the first call. A step of an ELBO costs one pass of each layer.
 
     *Variational Inference with Normalizing Flows* (Rezende, Mohamed, 2015).
@@ -66,8 +71,9 @@ class AutoFlow(VectorGuide):
     Args:
         model: A Pyro model.
         flow: Makes ``f`` from the number of coordinates: a recipe of :mod:`pyro_nf.flows`, a
-            factory of :mod:`pyro_nf.transforms`, any callable that returns a Flow or a
-            FlowTransform, or "auto" for :func:`~pyro_nf.guides.layers.auto_flow`, which becomes
+            factory of :mod:`pyro_nf.transforms`, any callable that returns a Flow, a FlowTransform
+            or a StochasticTransform, or "auto" for
+            :func:`~pyro_nf.guides.layers.auto_flow`, which becomes
             :func:`~pyro_nf.guides.layers.full_flow` in :meth:`start_at` (and so in
             :func:`~pyro_nf.vi.fit.fit_svi`).
         init_loc_fn: One of Pyro's ``init_to_*`` functions.
@@ -336,11 +342,21 @@ class AutoFlow(VectorGuide):
         report as their support, for all entries of a site.
 
         Raises:
-            ValueError: The support or the entries of a site are others than those.
+            ValueError: The support or the entries of a site are others than those; or the flow has
+                log-determinants that are estimated, or layers that draw or lose something: a chain
+                in its base coordinates needs the density itself.
         """
         self._ready()
         self.refuse_other_maps()
-        return self.flow.transform
+        transform, kind = self.flow.transform, self.flow.log_prob_kind
+        if kind != "exact" or not isinstance(transform, FlowTransform):
+            got = f"whose log_prob is {in_words(kind)}" if kind != "exact" else ""
+            raise ValueError(  # Pyro would hide a TypeError
+                "AutoFlow.get_transform: wanted an invertible flow with an exact log-determinant, "
+                f"got one {got or 'with layers that draw or lose something'}. Take a flow of "
+                "exact transforms for NeuTra, or sample the model with plain NUTS."
+            )
+        return transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the unconstrained latents."""

@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.flows.base import Base
+from pyro_nf._checks import input_dim_of
+from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.guides.layers import affine_base
@@ -21,8 +22,10 @@ from pyro_nf.search.mixtures import whitened
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine
 from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform, chained
 
 T = TypeVar("T")
+Layers: TypeAlias = FlowTransform | StochasticTransform
 
 PARTS = ("flow", "affine", "coordinates", "recentring")
 """The names of the parts, in the order in which they are applied."""
@@ -31,7 +34,35 @@ FIXED_PARTS = ("coordinates", "recentring")
 """Those that do not learn."""
 
 
-class LatentMap(Chain):
+class _ByName(nn.Module):
+    """A chain whose parts are children by name, not by number."""
+
+    flow: Layers
+    affine: FlowTransform
+    coordinates: FixedAffine
+    recentring: Recentre | None
+
+    def __init__(
+        self,
+        flow: Layers,
+        affine: FlowTransform,
+        coordinates: FixedAffine,
+        recentring: Recentre | None = None,
+    ) -> None:
+        last = [] if recentring is None else [recentring]
+        super().__init__([flow, affine, coordinates, *last])
+        del self._modules["parts"]
+        self.flow, self.affine, self.coordinates = flow, affine, coordinates
+        self.recentring = recentring
+
+    @property
+    def parts(self) -> list[Layers]:
+        """The parts in the order in which they are applied."""
+        last = [] if self.recentring is None else [self.recentring]
+        return [self.flow, self.affine, self.coordinates, *last]
+
+
+class LatentMap(_ByName, Chain):  # type: ignore[misc]
     r"""The map from the base to the unconstrained latents, with a name for each part.
 
     .. math:: z = R(m_0 + L_0 (m + L f(\epsilon)))
@@ -43,29 +74,34 @@ class LatentMap(Chain):
         recentring: R, which places hierarchical sites by their priors; None for no such map.
     """
 
-    flow: FlowTransform
-    affine: FlowTransform
-    coordinates: FixedAffine
-    recentring: Recentre | None
 
-    def __init__(
-        self,
-        flow: FlowTransform,
-        affine: FlowTransform,
-        coordinates: FixedAffine,
-        recentring: Recentre | None = None,
-    ) -> None:
-        last = [] if recentring is None else [recentring]
-        super().__init__([flow, affine, coordinates, *last])
-        del self._modules["parts"]  # the children are known by name here, not by number
-        self.flow, self.affine, self.coordinates = flow, affine, coordinates
-        self.recentring = recentring
+class StochasticLatentMap(_ByName, StochasticChain):  # type: ignore[misc]
+    """A :class:`LatentMap` whose layers f draw or lose something.
 
-    @property
-    def parts(self) -> list[FlowTransform]:  # type: ignore[override]
-        """The parts in the order in which they are applied."""
-        last = [] if self.recentring is None else [self.recentring]
-        return [self.flow, self.affine, self.coordinates, *last]
+    Args:
+        flow: As there, and so are the others.
+        affine: As there.
+        coordinates: As there.
+        recentring: As there.
+    """
+
+
+def latent_map(
+    flow: Layers,
+    affine: FlowTransform,
+    coordinates: FixedAffine,
+    recentring: Recentre | None = None,
+) -> LatentMap | StochasticLatentMap:
+    """The map of these parts, by the kind of the layers.
+
+    Args:
+        flow: f.
+        affine: As in :class:`LatentMap`.
+        coordinates: As there.
+        recentring: As there.
+    """
+    kind = StochasticLatentMap if isinstance(flow, StochasticTransform) else LatentMap
+    return kind(flow, affine, coordinates, recentring)
 
 
 class JointFlow(Flow):
@@ -76,19 +112,19 @@ class JointFlow(Flow):
         base: Makes the base distribution; standard normals by default.
     """
 
-    transform: LatentMap
+    transform: LatentMap | StochasticLatentMap
 
-    def __init__(self, parts: LatentMap, base: Base | None = None) -> None:
+    def __init__(self, parts: LatentMap | StochasticLatentMap, base: Base | None = None) -> None:
         super().__init__(parts, base)
 
-    def with_flow(self, flow: FlowTransform) -> JointFlow:
+    def with_flow(self, flow: Layers) -> JointFlow:
         """With other layers f, and everything else as it is.
 
         Args:
             flow: f.
         """
         own = self.transform
-        return JointFlow(LatentMap(flow, own.affine, own.coordinates, own.recentring), self.base)
+        return JointFlow(latent_map(flow, own.affine, own.coordinates, own.recentring), self.base)
 
     def with_recentring(self, recentring: Recentre | None) -> JointFlow:
         """With another last map, and everything else as it is.
@@ -97,11 +133,14 @@ class JointFlow(Flow):
             recentring: R, or None for none.
         """
         own = self.transform
-        return JointFlow(LatentMap(own.flow, own.affine, own.coordinates, recentring), self.base)
+        return JointFlow(latent_map(own.flow, own.affine, own.coordinates, recentring), self.base)
 
     def affine_flow(self) -> Flow:
         """The affine part alone, in the coordinates before the recentring: a Gaussian."""
-        return Flow(Chain([self.transform.affine, self.transform.coordinates]), self.base)
+        gaussian, base = Chain([self.transform.affine, self.transform.coordinates]), self.base
+        if base.event_shape != self.event_shape:  # layers that add or drop coordinates
+            base = DiagonalNormal(self.event_shape).to(self.transform.coordinates.loc)
+        return Flow(gaussian, base)
 
     def start_at(self, start: GaussianStart | GaussianMixture) -> None:
         """Puts the coordinates, and the law in them, at a Gaussian or a mixture.
@@ -137,7 +176,7 @@ class JointFlow(Flow):
 
 
 def joint_flow(
-    made: Flow | FlowTransform, loc: Tensor, init_scale: float, count_components: int
+    made: Flow | Layers, loc: Tensor, init_scale: float, count_components: int
 ) -> JointFlow:
     """The flow of a guide that has no start yet.
 
@@ -153,15 +192,15 @@ def joint_flow(
     """
     dim = len(loc)
     f, base = (made.transform_in_units(), made.base) if isinstance(made, Flow) else (made, None)
-    if not isinstance(f, FlowTransform):
+    if not isinstance(f, (FlowTransform, StochasticTransform)):
         raise TypeError(
-            "AutoFlow: flow(latent_dim) must return a Flow or a FlowTransform, got "
-            f"{type(made).__name__}."
+            "AutoFlow: flow(latent_dim) must return a Flow, a FlowTransform or a "
+            f"StochasticTransform, got {type(made).__name__}."
         )
-    if f.context_dim or f.input_dim not in (None, dim):
+    if f.context_dim or f.output_shape not in (None, loc.shape):
         raise ValueError(
             f"AutoFlow: the model has {dim} unconstrained coordinates and no context, but the "
-            f"flow has input_dim {f.input_dim} and context_dim {f.context_dim}."
+            f"flow has input_dim {input_dim_of(f.output_shape)} and context_dim {f.context_dim}."
         )
     unit = torch.ones_like(loc)
     scale = unit.diag_embed() if dim <= MAX_FULL_DIM else unit
@@ -169,7 +208,7 @@ def joint_flow(
     nn.init.constant_(cast("LowerAffine", affine).log_diagonal, math.log(init_scale))
     if count_components > 1:
         base = GaussianMixture(dim, count_components)
-    parts = LatentMap(f, cast(FlowTransform, affine), cast(FixedAffine, coordinates))
+    parts = latent_map(f, cast(FlowTransform, affine), cast(FixedAffine, coordinates))
     return JointFlow(parts, base).to(loc)
 
 
@@ -213,5 +252,5 @@ def modules_of_old(flow: JointFlow) -> list[tuple[str, str]]:
     """
     own = flow.transform
     last = [] if own.recentring is None else [own.recentring]
-    old: nn.Module = Flow(Chain([own.flow, own.affine, own.coordinates, *last]), flow.base)
+    old: nn.Module = Flow(chained([own.flow, own.affine, own.coordinates, *last]), flow.base)
     return [(name, type(part).__name__) for name, part in old.named_modules()]

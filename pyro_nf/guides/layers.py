@@ -170,4 +170,4 @@ def full_flow(latent_dim: int) -> FlowTransform:
 
 
 def _splines() -> FlowTransform:
-    return nsf(1, count_layers=2).transform
+    return cast(FlowTransform, nsf(1, count_layers=2).transform)

@@ -38,6 +38,7 @@ from pyro_nf.posterior.weights import CHUNK, check_law, weighed_draws
 from pyro_nf.train.loop import History
 from pyro_nf.train.modes import evaluating, recording
 from pyro_nf.train.randomness import own_randomness
+from pyro_nf.transforms.kinds import check_exact
 
 if TYPE_CHECKING:
     pass
@@ -317,6 +318,7 @@ class Posterior(ShownDraws):
                 "rows."
             )
         q = self._distribution()
+        check_exact("Posterior.refine", "q", q, "take a flow of exact transforms, or plain NUTS")
         if not isinstance(q, FlowDistribution):
             raise TypeError(
                 f"Posterior.refine: {method!r} needs the posterior of an AutoFlow with a single "

@@ -16,9 +16,10 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_nf._checks import check_count
+from pyro_nf._checks import check_count, check_kind
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.model.density import LogDensity
+from pyro_nf.transforms.kinds import check_exact
 
 # The acceptance rate at which MALA is most efficient (Roberts and Rosenthal, 1998), and the rate at
 # which its log step size follows it during warm-up.
@@ -50,7 +51,12 @@ def pulled_back(
     Args:
         joint: The log joint density.
         q: The guide's distribution.
+
+    Raises:
+        TypeError: If its log-determinants are estimated, or it is made of layers that draw.
     """
+    check_kind("pulled_back", "q", q, FlowDistribution)
+    check_exact("pulled_back", "q", q, "take a flow of exact transforms, or plain NUTS")
 
     def log_prob(x: Tensor) -> tuple[Tensor, Tensor]:
         z, ladj = q.transform.forward_and_ladj(x)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_nf._checks import check_tensor
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.train.loop import History
+from pyro_nf.transforms.kinds import check_exact
 
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.
 # Weights that are all equal have no tail at all: k-hat is -inf.
@@ -173,6 +174,12 @@ def _psislw(log_weights: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], fl
     return np.asarray(smoothed), float(khat)
 
 
+_INSTEAD_OF_WEIGHTS = (
+    "it gives no importance weights. Draw by guide.get_posterior().sample((1000,)), whose "
+    "rsample_and_log_prob has the log weights of paths, and judge the guide by its ELBO; or fit a "
+    "flow of exact transforms"
+)
+
 CHUNK = 2000
 """Draws that are evaluated at once: enough to fill vector units, few enough to fit in memory."""
 
@@ -290,7 +297,9 @@ def weighed_draws(
 
     Raises:
         ValueError: If no draw has a finite density.
+        TypeError: If the log density of the distribution is an estimate or a bound.
     """
+    check_exact("Posterior", "q", q, _INSTEAD_OF_WEIGHTS)
     pieces = []
     for start in range(0, num_draws, CHUNK):
         z, log_q = _drawn(q, min(CHUNK, num_draws - start))

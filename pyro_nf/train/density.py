@@ -28,7 +28,6 @@ from pyro_nf._checks import (
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.devices import in_double
-from pyro_nf.ops.kinds import in_words
 from pyro_nf.ops.spaces import is_all_real
 from pyro_nf.train.baselines import GaussianCopula
 from pyro_nf.train.budget import Budget
@@ -59,6 +58,7 @@ from pyro_nf.train.table import (
 )
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.kinds import in_words
 from pyro_nf.transforms.stochastic import StochasticTransform
 
 DEFAULT_STEPS = 5_000

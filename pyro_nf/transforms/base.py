@@ -31,9 +31,9 @@ from pyro_nf._checks import (
     size_of,
 )
 from pyro_nf.ops.gradients import gradients, unwatched
-from pyro_nf.ops.kinds import LadjKind, weakest
 from pyro_nf.ops.layout import flat_event
 from pyro_nf.ops.spaces import describe, is_within, over_events
+from pyro_nf.transforms.kinds import LadjKind, weakest
 
 # Above this many numbers in an event a slow but exact inverse costs less than a Jacobian.
 _MAX_JACOBIAN_DIM = 32

@@ -24,7 +24,6 @@ from pyro_nf._checks import (
     shape_of,
     size_of,
 )
-from pyro_nf.ops.kinds import LogProbKind, weakest
 from pyro_nf.ops.spaces import over_events
 from pyro_nf.transforms.base import (
     Chain,
@@ -34,6 +33,7 @@ from pyro_nf.transforms.base import (
     sizes_of_chain,
     with_whole_batch,
 )
+from pyro_nf.transforms.kinds import LogProbKind, weakest
 
 Random = Literal["forward", "inverse", "both", "neither"]
 Part: TypeAlias = "FlowTransform | StochasticTransform"

@@ -23,6 +23,7 @@ from pyro_nf.search.mixtures import PieceSearch
 from pyro_nf.search.start import GaussianStart, StartSearch
 from pyro_nf.train.budget import Budget, OutOfTime
 from pyro_nf.train.loop import Stage
+from pyro_nf.vi.gradients import StickTheLanding, gradient_for
 from pyro_nf.vi.objectives import ELBO, Objective, Watched
 from pyro_nf.vi.recipe import PosteriorRecipe
 from pyro_nf.vi.resume import Saved
@@ -259,13 +260,14 @@ class Beginning:
             with suppress(OutOfTime):
                 per_step = seconds_per_step(flow, joint, count, self.seed)
                 steps = min(steps, budget.seconds_left / max(per_step, 1e-6))  # clocks tick
+        gradient = gradient_for(flow)
         return posterior_stages(
             flow,
             joint,
-            objective=Watched(objective or ELBO()),
+            objective=Watched(objective or ELBO(gradient)),
             num_particles=count,
             rate=self.recipe.rate(steps, count),
-            tails=objective is None,
+            tails=objective is None and isinstance(gradient, StickTheLanding),
             recipe=self.recipe,
         )
 

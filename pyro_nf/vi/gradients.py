@@ -120,6 +120,11 @@ def drawn_with_slope(q: Variational, x: Tensor | int) -> tuple[Tensor, Tensor, T
     """Draws with their log density and its slope at fixed parameters, both without a graph."""
     if isinstance(x, Tensor):
         return cast(FlowDistribution, q).push_score(x)
+    if getattr(q, "log_prob_kind", "exact") == "bound":
+        raise TypeError(
+            "StickTheLanding: q must have a log density, got a bound (log_prob_kind = 'bound'), "
+            "whose slope is another one. Take the plain gradient, as ELBO(Reparameterised())."
+        )
     z, log_q = q.rsample_and_log_prob((x,))
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
@@ -188,3 +193,18 @@ class StickTheLanding(GradientEstimator):
 
 STICK_THE_LANDING = StickTheLanding()
 """The estimator that objectives take if none is given."""
+
+
+def gradient_for(q: Variational | Flow) -> GradientEstimator:
+    """The path gradient, or the plain one where there is only a bound of the log density.
+
+    Args:
+        q: What is fitted.
+
+    Example:
+        >>> from pyro_nf.transforms.affine import LowerAffine
+        >>> gradient_for(Flow(LowerAffine(2)))
+        StickTheLanding()
+    """
+    is_bound = getattr(q, "log_prob_kind", "exact") == "bound"
+    return Reparameterised() if is_bound else STICK_THE_LANDING

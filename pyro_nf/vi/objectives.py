@@ -25,6 +25,7 @@ from pyro_nf._checks import (
     check_tensor,
 )
 from pyro_nf.flows.flow import Flow
+from pyro_nf.transforms.kinds import check_exact
 from pyro_nf.vi.gradients import (
     STICK_THE_LANDING,
     DifferentiableLogJoint,
@@ -234,7 +235,11 @@ class ImportanceWeightedELBO(Objective):
 
         Raises:
             ValueError: If K does not divide the number of particles, or they have weights.
+            TypeError: If the log density of q is an estimate: exponentials of it are not right on
+                average. A bound is, by the weights of its paths.
         """
+        if getattr(q, "log_prob_kind", "exact") == "estimate":
+            check_exact("ImportanceWeightedELBO", "q", q, "take ELBO, which takes estimates too")
         if weights is not None:
             raise ValueError("ImportanceWeightedELBO: particles with weights are not supported.")
         count = len(x) if isinstance(x, Tensor) else x

@@ -22,7 +22,13 @@ from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.train.randomness import own_randomness
 from pyro_nf.transforms.elementwise import Elementwise
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
-from pyro_nf.vi.gradients import DifferentiableLogJoint, Variational, distribution_of, drawn
+from pyro_nf.vi.gradients import (
+    DifferentiableLogJoint,
+    Variational,
+    distribution_of,
+    drawn,
+    gradient_for,
+)
 from pyro_nf.vi.objectives import ELBO, Objective
 from pyro_nf.vi.recipe import PosteriorRecipe
 
@@ -139,13 +145,14 @@ def posterior_stages(
     Args:
         flow: Of an :class:`~pyro_nf.guides.guide.AutoFlow`.
         joint: The log joint density.
-        objective: :class:`~pyro_nf.vi.objectives.ELBO` by default.
+        objective: :class:`~pyro_nf.vi.objectives.ELBO` by default, with the gradient that suits
+            the flow (:func:`~pyro_nf.vi.gradients.gradient_for`).
         num_particles: S.
         rate: The highest learning rate of the second stage.
         tails: See :class:`Step`.
         recipe: All other rates and shares.
     """
-    objective = objective or ELBO()
+    objective = objective or ELBO(gradient_for(flow))
     gaussian = flow.affine_flow()
     affine = Step(gaussian, joint, objective, num_particles, recipe=recipe)
     step = Step(flow, joint, objective, num_particles, tails, recipe)
@@ -240,7 +247,7 @@ def seconds_per_step(
         num_particles: S.
         seed: Of the draws; the global generators are left as they were.
     """
-    step = Step(flow, joint, ELBO(), num_particles)
+    step = Step(flow, joint, ELBO(gradient_for(flow)), num_particles)
     with own_randomness(seed):
         seconds = process_seconds(lambda: step().backward(), count=2)
     flow.zero_grad()
