@@ -785,7 +785,7 @@ def _given(
     space = transform.domain
     event = transform.event_shape or (ANY_DIM,) * space.event_dim
     if space.is_discrete:
-        low, high = (int(end.clamp(-3, 3).max()) for end in cast(Any, ends(space)))
+        low, high = (int(end.clamp(-3, 3).max()) for end in ends(space) or torch.tensor([-3, 3]))
         x = points(constraints.unit_interval, (*batch, *event), dtype)
         x = (low + (high + 1 - low) * x).floor()
     else:
@@ -1126,13 +1126,19 @@ def check_guide(
             assert bool(support.check(value).all()), f"{name}: a draw outside of the support"
             assert value.isfinite().all(), f"{name}: a draw that is not finite"
         wanted = trace.log_prob_sum().detach()
-        with torch.no_grad():
+        with torch.no_grad(), _seeded(0):
             got = guide.log_prob(values)
-        _close("log_prob of a draw against its trace", got, wanted, 1e-2)
+        # a bound or an estimate is another number at each call
+        is_exact = getattr(guide.get_posterior(), "log_prob_kind", "exact") == "exact"
+        if is_exact:
+            _close("log_prob of a draw against its trace", got, wanted, 1e-2)
 
     wide = {name: value.expand(3, *value.shape) for name, value in values.items()}
     with torch.no_grad():
-        _close("log_prob of a batch", guide.log_prob(wide), got.expand(3), 1e-4)
+        batch = guide.log_prob(wide)
+    assert batch.shape == (3,), f"log_prob of a batch has shape {tuple(batch.shape)}, wanted (3,)"
+    if is_exact:
+        _close("log_prob of a batch", batch, got.expand(3), 1e-4)
     for name, value in medians.items():
         assert value.shape == values[name].shape, f"median of {name}: shape {tuple(value.shape)}"
         assert value.dtype == values[name].dtype, f"median of {name}: dtype {value.dtype}"
@@ -1152,7 +1158,8 @@ def check_guide(
     copied["param store"].setup(*args)
     with torch.no_grad():
         for way, other in copied.items():
-            _close(f"{way}: log_prob", other.log_prob(values), got, 0.0)
+            with _seeded(0):
+                _close(f"{way}: log_prob", other.log_prob(values), got, 0.0)
 
     before = [p.detach().clone() for p in guide.parameters()]
     svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 1e-2}), Trace_ELBO())

@@ -301,6 +301,7 @@ def _stochastic_plain() -> dict[str, Callable[[], StochasticTransform]]:
             torch.tensor([0.0, -1.0, 0.5, -2.0])
         ),
         "StochasticLayer-inverse": lambda: layers.Abs(2).inv,
+        "StochasticLayer-rounded-inverse": lambda: layers.Rounded(2).inv,
         "StochasticLayer-conditioned": lambda: layers.Noise(2, 1).condition(torch.tensor([0.3])),
     }
 

@@ -232,9 +232,11 @@ class Beginning:
         joint, guide = self.joint, cast(AutoFlow, self.guide)
         count = len(joint.hierarchical_sites)
         recentred = "" if guide.recentring is None else f" and {count} recentred sites"
+        kind = guide.flow.log_prob_kind
+        worth = "" if kind == "exact" else f", log_prob of the guide: {kind}"
         return (
             f"{joint.latent_dim} coordinates{recentred}, log joint {joint.kind}, "
-            f"{guide.count_components} component(s), {self.num_particles} particles"
+            f"{guide.count_components} component(s), {self.num_particles} particles{worth}"
         )
 
     # ---- training
