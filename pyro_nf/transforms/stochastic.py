@@ -286,7 +286,7 @@ class StochasticLayer(StochasticTransform):
     - ``_inverse(y, context)`` draws or computes ``x``;
     - ``_contribution(x, y, context)`` is :math:`V = \log q(x|y) - \log p(y|x)`, summed over the
       event. A direction that draws nothing adds nothing to it, but the log-determinant of what it
-      maps, if it maps anything.
+      maps, if it maps anything. The inverse must reach every ``x`` that ``y`` may come from.
 
     A subclass says in ``random`` which directions draw, and in ``domain`` and ``codomain`` where
     ``x`` and ``y`` lie. Noise comes from torch's global generators, as everywhere in Pyro. If
