@@ -91,6 +91,8 @@ def test_weights_are_refused_in_words(kind: str) -> None:
     with pytest.raises(TypeError, match=f"{kind}.*no importance weights.*rsample_and_log_prob"):
         Posterior.from_guide(g)
     q = g.get_posterior()
+    with pytest.raises(TypeError, match=f"log_prob_kind = '{kind}'"):
+        Posterior.from_distribution(q, LogJoint(model))
     z, log_w = q.rsample_and_log_prob((5,))
     assert (z.shape, log_w.shape) == ((5, 3), (5,))
     with pytest.raises(TypeError, match="q must"):
