@@ -270,7 +270,7 @@ class AutoFlow(VectorGuide):
 
     def _of_now(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Tensors of version 0.1 as those of now, for the same density."""
-        layers = self.flow.transform.flow
+        layers = cast(FlowTransform, self.flow.transform.flow)
         is_light = self._is_auto and self._factory is auto_flow and self.latent_dim > 1
         start = f"{prefix}transform.flow."
         return with_gains_of_now(layers, tensors, start) if is_light else dict(tensors)
