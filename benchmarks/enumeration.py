@@ -65,7 +65,7 @@ def ratio(model: Callable[[Tensor, bool], None], is_plain: bool, recorded: bool)
     names = ["c"] + [f"x_{t}" for t in range(20)]
     joint = LogJoint(model, (y, is_plain))
     if recorded:
-        joint.trace(_PARTICLES, max_seconds=60.0)
+        joint.record(_PARTICLES, max_seconds=60.0)
     z = joint.init_loc + 0.1 * torch.randn(_PARTICLES, joint.latent_dim)
 
     def discrete(site: dict[str, object]) -> dict[str, object]:

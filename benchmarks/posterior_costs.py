@@ -75,7 +75,7 @@ def svi_step(smoke: bool) -> list[Figure]:
             guide = AutoFlow(r.model, two_layers)
             guide.setup(*r.args)
             joint = LogJoint(r.model, r.args)
-            joint.trace(count, max_seconds=20.0, compile=compile)
+            joint.record(count, max_seconds=20.0, compile=compile)
             calls[name] = _training_step(guide.flow, joint, ELBO(gradient), count)
         pyro.clear_param_store()
         theirs = AutoIAFNormal(r.model, hidden_dim=[64], num_transforms=2)
@@ -170,7 +170,7 @@ def chains(smoke: bool) -> list[Figure]:
             model, args=args, max_seconds=seconds, progress=False, clock=time.process_time
         )
         joint, q = fit.joint, fit.guide.get_posterior()
-        joint.trace(1, max_seconds=20.0)
+        joint.record(1, max_seconds=20.0)
         starts = fit.posterior(1000).resample(2).z
         dim = joint.latent_dim
         plain = Flow(FixedAffine(torch.zeros(dim), torch.ones(dim)))()

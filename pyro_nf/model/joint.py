@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_nf._checks import (
@@ -22,14 +21,12 @@ from pyro_nf._checks import (
     check_seed,
     check_tensor,
 )
-from pyro_nf.model.enumeration import Enumeration
 from pyro_nf.model.evaluators import Batched, Evaluator, Loop, Vmap, choose_evaluator
 from pyro_nf.model.model_density import INIT_WANTED, ModelDensity
-from pyro_nf.model.runs import EnumeratedRun, ModelRun
+from pyro_nf.model.runs import ModelRun, first_run, read_model
 from pyro_nf.sites.centring import SiteCentring, location_and_scale
-from pyro_nf.sites.improper import kept_entries, refuse_flat_directions, stand_ins, suspects
-from pyro_nf.sites.latents import InitLocFn, Model, latent_nodes, trace_prototype
-from pyro_nf.sites.layout import Layout
+from pyro_nf.sites.improper import refuse_flat_directions, suspects
+from pyro_nf.sites.latents import InitLocFn, Model
 from pyro_nf.sites.prior_check import check_priors
 from pyro_nf.sites.substitute import SafeLinalg, Substitute, fast_pyro
 from pyro_nf.train.budget import Budget
@@ -140,9 +137,9 @@ class LogJoint(ModelDensity):
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
             args, given = tuple(args), dict(kwargs or {})
             began = self._budget.clock()
-            trace = prototype or _first_run(model, args, given, init_loc_fn)
+            trace = prototype or first_run(model, args, given, init_loc_fn)
             self._seconds = self._budget.clock() - began
-            self.run = _read(model, args, given, trace)
+            self.run = read_model(model, args, given, trace)
             self.init_loc = self.run.coordinates(trace)
             part = self._budget.part(_CHECK_SHARE)
             if not self._is_late(runs=2):
@@ -367,46 +364,6 @@ class RecentredJoint(ModelDensity):
 
     def __repr__(self) -> str:
         return f"RecentredJoint({self.plain!r})"
-
-
-def _first_run(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], init_loc_fn: InitLocFn
-) -> poutine.Trace:
-    try:
-        return trace_prototype(model, args, kwargs, init_loc_fn)
-    except ValueError:
-        # Validation refuses numbers that are not finite at the initial point; others may be.
-        with fast_pyro():
-            return trace_prototype(model, args, kwargs, init_loc_fn)
-
-
-def _read(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], trace: poutine.Trace
-) -> ModelRun:
-    """The runs of a model, by what a first run shows: sites, their coordinates, its plates."""
-    depth, nodes = 0, dict[str, Any](trace.nodes)
-    for node in nodes.values():
-        if node["type"] == "sample" and not isinstance(node["fn"], _Subsample):
-            dims = [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
-            depth = max([depth, len(node["fn"].batch_shape), *dims])
-    latents = latent_nodes(trace)
-    discrete = tuple(name for name, n in latents.items() if n["fn"].has_enumerate_support)
-    layout = Layout.of_trace(trace, kept_entries(model, args, kwargs, trace), discrete)
-    if not layout.latent_dim:
-        raise ValueError("the model has no continuous latent site: nothing is to be inferred.")
-    left_out = latents.keys() - layout.sites.keys() - set(discrete)
-    known: dict[str, Any] = {
-        "model": model,
-        "args": args,
-        "kwargs": kwargs,
-        "layout": layout,
-        "max_plate_nesting": depth,
-        "fixed": {name: latents[name]["value"].detach() for name in left_out},
-        "stand_ins": stand_ins(trace),
-    }
-    if discrete:
-        return EnumeratedRun(**known, enumeration=Enumeration(model, discrete, depth))
-    return ModelRun(**known)
 
 
 def _rng_state() -> tuple[Any, ...]:

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_nf.model.enumeration import Enumeration
 from pyro_nf.sites.centring import SiteCentring
-from pyro_nf.sites.latents import Model, init_anywhere
+from pyro_nf.sites.improper import kept_entries, stand_ins
+from pyro_nf.sites.latents import (
+    InitLocFn,
+    Model,
+    init_anywhere,
+    latent_nodes,
+    trace_prototype,
+)
 from pyro_nf.sites.layout import Layout
 from pyro_nf.sites.substitute import Substitute, fast_pyro
 from pyro_nf.sites.supports import bijection
@@ -148,3 +156,44 @@ class EnumeratedRun(ModelRun):
         given.is_scored = False
         particles = len(given.z) if given.z.dim() > 1 else None
         given.terms.append(self.enumeration.log_prob(given, self.args, self.kwargs, particles))
+
+
+def first_run(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], init_loc_fn: InitLocFn
+) -> poutine.Trace:
+    """A run with every latent at its initial value, whether the density is finite there or not."""
+    try:
+        return trace_prototype(model, args, kwargs, init_loc_fn)
+    except ValueError:
+        # Validation refuses numbers that are not finite at the initial point; others may be.
+        with fast_pyro():
+            return trace_prototype(model, args, kwargs, init_loc_fn)
+
+
+def read_model(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], trace: poutine.Trace
+) -> ModelRun:
+    """The runs of a model, by what a first run shows: sites, their coordinates, its plates."""
+    depth, nodes = 0, dict[str, Any](trace.nodes)
+    for node in nodes.values():
+        if node["type"] == "sample" and not isinstance(node["fn"], _Subsample):
+            dims = [-f.dim for f in node["cond_indep_stack"] if f.vectorized]
+            depth = max([depth, len(node["fn"].batch_shape), *dims])
+    latents = latent_nodes(trace)
+    discrete = tuple(name for name, n in latents.items() if n["fn"].has_enumerate_support)
+    layout = Layout.of_trace(trace, kept_entries(model, args, kwargs, trace), discrete)
+    if not layout.latent_dim:
+        raise ValueError("the model has no continuous latent site: nothing is to be inferred.")
+    left_out = latents.keys() - layout.sites.keys() - set(discrete)
+    known: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "kwargs": kwargs,
+        "layout": layout,
+        "max_plate_nesting": depth,
+        "fixed": {name: latents[name]["value"].detach() for name in left_out},
+        "stand_ins": stand_ins(trace),
+    }
+    if discrete:
+        return EnumeratedRun(**known, enumeration=Enumeration(model, discrete, depth))
+    return ModelRun(**known)
