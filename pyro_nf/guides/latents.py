@@ -61,6 +61,7 @@ class VectorGuide(AutoContinuous):
     def __init__(self, model: Model, init_loc_fn: InitLocFn) -> None:
         super().__init__(model, init_loc_fn=init_anywhere(init_loc_fn))
         self._init_loc_fn = init_loc_fn
+        self._supports_are_fixed = False  # as far as is known
         self._plain_model = (model,)  # in a tuple, lest a Module become part of the guide
 
     def make_parameters(self) -> None:
@@ -108,12 +109,22 @@ class VectorGuide(AutoContinuous):
             with recording("AutoFlow"), exclusive():
                 self._setup_prototype(*args, **kwargs)
 
+    def build_on(self, joint: LogJoint) -> None:
+        """As :meth:`build`, with the arguments of a log joint, and what it knows of the supports.
+
+        Args:
+            joint: The log joint density of the guide's model.
+        """
+        self._supports_are_fixed = not joint.dynamic_sites
+        self.build(*joint.args, **joint.kwargs)
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         check_arguments("AutoFlow", self._plain_model[0], args, kwargs)
         try:
             self._read_prototype(*args, **kwargs)
             refuse_subsampled_latents(cast(Trace, self.prototype_trace))
-            self._refuse_moving_supports(args, kwargs)
+            if not self._supports_are_fixed:
+                self._refuse_moving_supports(args, kwargs)
             self._refuse_flat_directions(args, kwargs)
             self.make_parameters()
             with poutine.block():  # the call that sets up makes its own

@@ -30,12 +30,14 @@ class LogDensity(ABC):
         kind: How a batch is evaluated; with "loop" the cost grows with every row.
         is_random: Whether the density is an estimate, another one at each call.
         has_parameters: Whether it depends on parameters that learn.
+        first_seconds: Seconds that its first run took; 0 if no clock was looked at.
     """
 
     init_loc: Tensor
     kind: Kind = "batched"
     is_random: bool = False
     has_parameters: bool = False
+    first_seconds: float = 0.0
 
     def __init__(self) -> None:
         self.recordings = Recordings()

@@ -136,13 +136,14 @@ class LogJoint(ModelDensity):
             torch.manual_seed(seed)
             warnings.filterwarnings("ignore", message="Found .* default for .* enumerate")
             args, given = tuple(args), dict(kwargs or {})
-            began = self._budget.clock()
+            began = self._budget.clock() if self._budget.has_seconds else 0.0
             trace = prototype or first_run(model, args, given, init_loc_fn)
-            self._seconds = self._budget.clock() - began
+            if self._budget.has_seconds:
+                self.first_seconds = self._budget.clock() - began
             self.run = read_model(model, args, given, trace)
             self.init_loc = self.run.coordinates(trace)
             part = self._budget.part(_CHECK_SHARE)
-            if not self._is_late(runs=2):
+            if not self._is_late(runs=2):  # one of them must be
                 check_priors(model, args, given, trace, self.sites, self.run.fixed, part)
             there = self._inspect()
             self._choose_evaluator()
@@ -160,8 +161,13 @@ class LogJoint(ModelDensity):
     # ---- construction
 
     def _is_late(self, runs: int = 1) -> bool:
-        """Whether there is no time for so many runs more, each as long as the first."""
-        return self._budget.has_seconds and self._budget.seconds_left < runs * self._seconds
+        """Whether there is no time for so many runs more and one after them, as long as the first.
+
+        The last is for a guide, which reads the model once.
+        """
+        return (
+            self._budget.has_seconds and self._budget.seconds_left < (runs + 1) * self.first_seconds
+        )
 
     def _inspect(self) -> Substitute:
         """Randomness, own parameters, dynamic supports and hidden batch dimensions."""
@@ -360,6 +366,7 @@ class RecentredJoint(ModelDensity):
         self.evaluator = plain.evaluator.of(self.run)
         self.kind, self.reason = plain.kind, plain.reason
         self.is_random, self.has_parameters = plain.is_random, plain.has_parameters
+        self.first_seconds = plain.first_seconds
         self.init_loc = self._moved(self.run, plain.init_loc, inverse=True)[0].detach()
 
     def __repr__(self) -> str:

@@ -96,7 +96,7 @@ class Metered(LogDensity):
     # ---- what it costs
 
     def price(self, kind: Kind, rows: int) -> float:
-        """Seconds that an evaluation of so many rows is expected to take; 0 if none is known.
+        """Seconds that an evaluation of so many rows is expected to take.
 
         Args:
             kind: Of what.
@@ -114,8 +114,8 @@ class Metered(LogDensity):
 
     def _expected(self, kind: Kind, rows: int) -> float:
         seen = self._seconds[kind]
-        if not seen:
-            return 0.0
+        if not seen:  # of nothing at all: that a run costs what the first one did is a guess
+            return self.joint.first_seconds * (rows if self.joint.kind == "loop" else 1)
         if rows in seen:
             return seen[rows]
         least, most = min(seen), max(seen)

@@ -123,7 +123,7 @@ class Beginning:
         """A hierarchy is started in plain and in recentred coordinates; the better ELBO decides."""
         init = self.joint.init_loc
         if self.guide is not None:
-            self.guide.build(*self.joint.args, **self.joint.kwargs)
+            self.guide.build_on(self.joint)
             init = self.guide.init_loc
         self._record(self.meter)
         share = self.recipe.start_share / (2 if self.joint.hierarchical_sites else 1)
@@ -202,7 +202,7 @@ class Beginning:
             count = start.count_components if isinstance(start, GaussianMixture) else 1
             count = count if self.saved is None else self.saved.count_components
             self.guide = _default_guide(self.joint, count)
-        self.guide.build(*self.joint.args, **self.joint.kwargs)
+        self.guide.build_on(self.joint)
         if self.saved is not None:
             self.guide.expect_layers(self.saved.tensors)
             self.guide.recentre(self.saved.recentring(self.joint))
