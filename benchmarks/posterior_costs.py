@@ -36,7 +36,7 @@ from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.posterior.refine import Chains, neutra
 from pyro_nf.sites.latents import init_anywhere
-from pyro_nf.train.loop import adam
+from pyro_nf.train.stages import adam
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
 from pyro_nf.transforms.base import Chain

@@ -4,7 +4,7 @@ from pyro_nf import flows, infer, nn, plots, testing, train, transforms, univari
 from pyro_nf.flows.flow import Flow
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.posterior.posterior import Posterior
-from pyro_nf.train.density import fit_density
+from pyro_nf.train.density.fit import fit_density
 from pyro_nf.vi.fit import fit_svi
 
 __version__ = "0.1.0"

@@ -76,7 +76,7 @@ STYLE: dict[str, Any] = {
 
 
 class LossHistory(Protocol):
-    """What :func:`loss_curve` draws; :class:`pyro_nf.train.loop.History` is one.
+    """What :func:`loss_curve` draws; :class:`pyro_nf.train.stages.History` is one.
 
     Attributes:
         losses: The loss of every step, nan where it was skipped.
@@ -357,7 +357,7 @@ def loss_curve(history: LossHistory, *, ylabel: str = "loss") -> Figure:
         ImportError: If matplotlib is missing.
 
     Example:
-        >>> from pyro_nf.train.loop import History
+        >>> from pyro_nf.train.stages import History
         >>> figure = loss_curve(History(losses=[3.0, 2.0, 1.5]))
         >>> figure.axes[0].get_xlabel()
         'step'

@@ -986,11 +986,13 @@ def _training() -> dict[str, Door]:
                 "checkpoint": None,
                 "checkpoint_every": 500,
                 "compile": False,
+                "recipe": None,
                 "clock": time.monotonic,
             },
             FIT
             | {
                 "max_steps": OPTIONAL | COUNT,
+                "recipe": OPTIONAL,
                 "flow": OBJECT,
                 "x": FINITE | takes(one=lambda: rows(1), constant=lambda: torch.ones(50, 2)),
                 "context": OPTIONAL,
@@ -1004,6 +1006,30 @@ def _training() -> dict[str, Door]:
             },
             runs=False,
             says={"validation": "context"},
+        ),
+        "DensityRecipe": Door(
+            t.DensityRecipe,
+            lambda: dataclasses.asdict(t.DensityRecipe()),
+            {
+                name: COUNT
+                if isinstance(value, int)
+                else takes("zero")
+                if name.endswith("_share")
+                else takes("zero", "half")
+                for name, value in dataclasses.asdict(t.DensityRecipe()).items()
+            }
+            | {
+                "average": takes("zero", one=lambda: 1.0),
+                "decay_rows": POSITIVE,
+            },
+        ),
+        "DensityRecipe.batch_size": Door(
+            t.DensityRecipe().batch_size, lambda: {"count_rows": 9}, {"count_rows": COUNT}
+        ),
+        "DensityRecipe.weight_decay": Door(
+            t.DensityRecipe().weight_decay,
+            lambda: {"count_rows": 9, "count_columns": 2},
+            {"count_rows": COUNT, "count_columns": COUNT},
         ),
         "fit_gaussian_mixture": Door(
             t.fit_gaussian_mixture,

@@ -23,7 +23,7 @@ import pyro_nf
 from pyro_nf.flows.recipes import maf
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.testing import randomize
-from pyro_nf.train.loop import Minibatches
+from pyro_nf.train.batches import Minibatches
 from pyro_nf.transforms.affine import LowerAffine
 from pyro_nf.vi.fit import fit_svi
 from tests.doors import INNER, WRONG, Door, parameters, surface, table

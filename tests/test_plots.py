@@ -14,7 +14,7 @@ from pyro_nf.flows.base import DiagonalNormal
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.recipes import maf, realnvp
 from pyro_nf.posterior.weights import smooth
-from pyro_nf.train.loop import History
+from pyro_nf.train.stages import History
 
 
 def drawn(figure: Figure) -> bytes:

@@ -35,9 +35,9 @@ from pyro_nf.posterior.probe import probe
 from pyro_nf.posterior.refine import independence, neutra
 from pyro_nf.posterior.views import ShownDraws
 from pyro_nf.posterior.weights import CHUNK, check_law, weighed_draws
-from pyro_nf.train.loop import History
 from pyro_nf.train.modes import evaluating, recording
 from pyro_nf.train.randomness import own_randomness
+from pyro_nf.train.stages import History
 from pyro_nf.transforms.kinds import check_exact
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_nf._checks import check_tensor
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.train.loop import History
+from pyro_nf.train.stages import History
 from pyro_nf.transforms.kinds import check_exact
 
 # Pareto smoothing needs a tail to fit: with fewer finite weights k-hat counts as inf.

@@ -1,9 +1,10 @@
 """Training: the one loop, its checkpoints, and density estimation."""
 
-from pyro_nf.train.baselines import GaussianCopula, fit_gaussian_mixture
-from pyro_nf.train.density import DensityFit, fit_density
-from pyro_nf.train.loop import History, Minibatches, Stage, adam, train, warm_cosine
-from pyro_nf.train.start import (
+from pyro_nf.train.batches import Minibatches
+from pyro_nf.train.density.baselines import GaussianCopula, fit_gaussian_mixture
+from pyro_nf.train.density.fit import fit_density
+from pyro_nf.train.density.recipe import DensityFit, DensityRecipe
+from pyro_nf.train.density.start import (
     AsGiven,
     MixtureBase,
     Standardised,
@@ -11,10 +12,13 @@ from pyro_nf.train.start import (
     StudentTails,
     Whitened,
 )
+from pyro_nf.train.loop import train
+from pyro_nf.train.stages import History, Stage, adam, warm_cosine
 
 __all__ = [
     "AsGiven",
     "DensityFit",
+    "DensityRecipe",
     "GaussianCopula",
     "History",
     "Minibatches",

@@ -34,17 +34,74 @@ def own_randomness(seed: int | None) -> Iterator[None]:
     """
     seed = random.SystemRandom().getrandbits(31) if seed is None else int(seed)
     with exclusive():
-        python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-        torch_states = _device_states()
+        outside = _taken()
         try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
+            set_seed(seed)
             yield
         finally:
-            _set_device_states(torch_states)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+            _put_back(*outside)
+
+
+class Stream:
+    """Random numbers that go on each time they are entered, whatever is drawn in between.
+
+    Args:
+        seed: The seed.
+
+    Example:
+        >>> stream = Stream(0)
+        >>> with stream.entered():
+        ...     first = torch.randn(1)
+        >>> with stream.entered():
+        ...     second = torch.randn(1)
+        >>> with own_randomness(0):
+        ...     print(bool((torch.cat([first, second]) == torch.randn(2)).all()))
+        True
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._inside: _States | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The global generators are at this stream's place inside, and outside as they were."""
+        with exclusive():
+            outside = _taken()
+            try:
+                if self._inside is None:
+                    set_seed(self.seed)
+                else:
+                    _put_back(*self._inside)
+                yield
+            finally:
+                self._inside = _taken()
+                _put_back(*outside)
+
+
+_States = tuple[dict[str, Tensor], Any, Any]
+"""Of torch on all devices, of numpy and of Python."""
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python.
+
+    Args:
+        seed: The seed.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def _taken() -> _States:
+    return _device_states(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _put_back(tensors: Mapping[str, Tensor], of_numpy: Any, of_python: Any) -> None:
+    _set_device_states(tensors)
+    np.random.set_state(of_numpy)  # noqa: NPY002
+    random.setstate(of_python)
 
 
 def _device_states() -> dict[str, Tensor]:
@@ -70,8 +127,12 @@ def _set_device_states(states: Mapping[str, Tensor]) -> None:
 
 def _accelerators() -> list[tuple[str, Any]]:
     """The kinds of devices beside the CPU that are there, with their modules in torch."""
-    kinds = [(kind, getattr(torch, kind, None)) for kind in ("cuda", "xpu", "mps")]
-    return [(kind, module) for kind, module in kinds if module and module.is_available()]
+    kinds = ["cuda", "xpu", "mps"]
+    accelerator = getattr(torch, "accelerator", None)  # not in the oldest torch that is supported
+    if accelerator is not None and accelerator.is_available():  # a kind that is not named above
+        kinds.append(accelerator.current_accelerator().type)
+    found = [(kind, getattr(torch, kind, None)) for kind in dict.fromkeys(kinds)]
+    return [(kind, module) for kind, module in found if module and module.is_available()]
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,3 +153,39 @@ def set_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     version, internal, gauss_next = values["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def joined_states(
+    states: list[tuple[dict[str, Tensor], dict[str, Any]]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of all processes as one of tensors and JSON values; the first is as if alone.
+
+    Args:
+        states: What `random_state` returned in each.
+    """
+    (tensors, values), others = states[0], states[1:]
+    for rank, (theirs, _) in enumerate(others, start=1):
+        tensors = tensors | {f"{rank}/{name}": state for name, state in theirs.items()}
+    more = {"generators_of_others": [theirs for _, theirs in others]} if others else {}
+    return tensors, {"generators": values} | more
+
+
+def state_of_rank(
+    rank: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What `set_random_state` takes in one process, of what `joined_states` returned.
+
+    Args:
+        rank: The number of the process.
+        tensors: The states of torch's generators.
+        values: The JSON values.
+
+    Returns:
+        None if there was no such process.
+    """
+    if rank == 0:
+        return dict(tensors), values["generators"]
+    others = values.get("generators_of_others", [])
+    start = f"{rank}/"
+    mine = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    return (mine, others[rank - 1]) if rank <= len(others) else None

@@ -12,6 +12,7 @@ from typing import Any, cast
 from pyro import poutine
 from torch import Tensor
 
+from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.guides.guide import AutoFlow
 from pyro_nf.guides.recentre import Recentre
@@ -22,7 +23,8 @@ from pyro_nf.search.gaussians import hessian_rows
 from pyro_nf.search.mixtures import PieceSearch
 from pyro_nf.search.start import GaussianStart, StartSearch
 from pyro_nf.train.budget import Budget, OutOfTime
-from pyro_nf.train.loop import Stage
+from pyro_nf.train.stages import Stage
+from pyro_nf.train.world import World
 from pyro_nf.vi.gradients import StickTheLanding, gradient_for
 from pyro_nf.vi.objectives import ELBO, Objective, Watched
 from pyro_nf.vi.recipe import PosteriorRecipe
@@ -49,6 +51,7 @@ class Beginning:
         budget: Of the whole fit.
         recipe: The settings.
         seed: Of the fit.
+        world: The processes that take part: the first one finds, and the others begin there too.
 
     Attributes:
         recipe: The settings, with the particles that were chosen.
@@ -61,8 +64,10 @@ class Beginning:
         budget: Budget,
         recipe: PosteriorRecipe,
         seed: int,
+        world: World,
     ) -> None:
         self.joint, self.guide, self.budget, self.seed = joint, guide, budget, seed
+        self.world = world
         self.are_particles_given = recipe.num_particles is not None
         self.recipe = recipe
         if not self.are_particles_given:
@@ -100,7 +105,19 @@ class Beginning:
         Returns:
             The guide, where the fit shall begin.
         """
-        self.saved = Saved.read(checkpoint)
+
+        def found() -> Saved:
+            self._find(Saved.read(checkpoint), compile)
+            self.world.attend()
+            return self._as_saved()
+
+        saved = self.world.share(found)
+        if not self.world.is_first:
+            self._find(saved, compile)
+        return cast(AutoFlow, self.guide)
+
+    def _find(self, saved: Saved | None, compile: bool) -> None:
+        self.saved = saved
         if self.saved is not None and not self.are_particles_given:  # a clock may choose otherwise
             self.take_particles(self.saved.settings.get("num_particles", self.num_particles))
         with suppress(OutOfTime):
@@ -117,7 +134,6 @@ class Beginning:
             self.learning = guide.recentring.recentred()
             self.meter = self.meter.within(self.budget, self.learning)
         self._record(self.meter, compile)
-        return guide
 
     def _find_start(self) -> None:
         """A hierarchy is started in plain and in recentred coordinates; the better ELBO decides."""
@@ -212,10 +228,27 @@ class Beginning:
 
     def cut_short(self) -> AutoFlow:
         """The guide at the best that is known: the state of the checkpoint, or the best start."""
+
+        def best() -> AutoFlow:
+            guide = self.guide_there()
+            if self.saved is not None:
+                guide.flow.load_state_dict(self.saved.tensors)
+            return guide
+
+        def found() -> Saved:
+            best()
+            return self._as_saved()
+
+        saved = self.world.share(found)
+        self.saved = self.saved if self.world.is_first else saved
+        return best()
+
+    def _as_saved(self) -> Saved:
+        """What the guide is now, as another process can take it."""
         guide = self.guide_there()
-        if self.saved is not None:
-            guide.flow.load_state_dict(self.saved.tensors)
-        return guide
+        settings = {"count_components": guide.count_components, "num_particles": self.num_particles}
+        tensors = {name: t.detach().cpu() for name, t in guide.flow.state_dict().items()}
+        return Saved("", settings, tensors, is_old=False)
 
     def renew_checkpoint(self, settings: dict[str, Any]) -> None:
         """Makes the checkpoint, if an older version wrote it, one of now.
@@ -254,24 +287,28 @@ class Beginning:
         Args:
             objective: What is maximised; None for the ELBO.
         """
-        guide, budget = cast(AutoFlow, self.guide), self.budget
-        flow, joint, count = guide.recentred_flow, self._evaluated(), self.num_particles
+        flow, joint = cast(AutoFlow, self.guide).recentred_flow, self._evaluated()
+        gradient = gradient_for(flow)
+        return posterior_stages(
+            flow,
+            joint,
+            objective=Watched(objective or ELBO(gradient)),
+            num_particles=self.num_particles,
+            rate=self.world.share(lambda: self._rate(flow, joint)),
+            tails=objective is None and isinstance(gradient, StickTheLanding),
+            recipe=self.recipe,
+        )
+
+    def _rate(self, flow: Flow, joint: LogDensity) -> float:
+        """The learning rate that suits the steps that are left."""
+        budget, count = self.budget, self.num_particles
         steps = math.inf if budget.max_steps is None else budget.max_steps
         # fewer particles do not ask how many steps there will be
         if budget.has_seconds and count >= self.recipe.many_particles:
             with suppress(OutOfTime):
                 per_step = seconds_per_step(flow, joint, count, self.seed)
                 steps = min(steps, budget.seconds_left / max(per_step, 1e-6))  # clocks tick
-        gradient = gradient_for(flow)
-        return posterior_stages(
-            flow,
-            joint,
-            objective=Watched(objective or ELBO(gradient)),
-            num_particles=count,
-            rate=self.recipe.rate(steps, count),
-            tails=objective is None and isinstance(gradient, StickTheLanding),
-            recipe=self.recipe,
-        )
+        return self.recipe.rate(steps, count)
 
     def validation(self) -> Callable[[], float]:
         """Minus the ELBO of the guide as it is, at least."""

@@ -29,9 +29,11 @@ from pyro_nf.posterior.posterior import Posterior
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.sites.latents import Model
 from pyro_nf.train.budget import Budget, Clock
-from pyro_nf.train.loop import History, train
+from pyro_nf.train.loop import train
 from pyro_nf.train.modes import ordinary, recording
 from pyro_nf.train.randomness import own_randomness
+from pyro_nf.train.stages import History
+from pyro_nf.train.world import SEARCH_SECONDS, World
 from pyro_nf.vi.beginning import Beginning
 from pyro_nf.vi.objectives import Objective
 from pyro_nf.vi.recipe import PosteriorRecipe
@@ -117,6 +119,10 @@ def fit_svi(
     ``pyro.get_param_store().save(path)`` keeps them for another process: there ``load(path)``, and
     a guide that is built alike takes them in :meth:`AutoFlow.setup`.
 
+    Where ``torch.distributed`` is initialised, all processes call this alike. The first one looks
+    for the start; each then draws particles of its own, and gradients and ELBOs are averaged
+    (:func:`~pyro_nf.train.loop.train`), so that all have the same guide in the end.
+
     Ctrl-C ends the fit, whatever it is at, and keeps the best state so far: of the training, or of
     the search for a start. The first runs of the model, by which it is understood, are the only
     exception: there is nothing to keep yet, and the interrupt is raised. So is a second Ctrl-C,
@@ -140,8 +146,8 @@ def fit_svi(
             model what it costs is held against what is left; if not even one step fits, the fit
             is the best start. What cannot be left out are some six runs of the model, to understand
             it.
-        num_particles: Draws a step, whatever the recipe says; if None 64 or 256, by what the log
-            joint costs (:func:`~pyro_nf.vi.stages.choose_particles`).
+        num_particles: Draws a step, in each process, whatever the recipe says; if None 64 or 256,
+            by what the log joint costs (:func:`~pyro_nf.vi.stages.choose_particles`).
         objective: What is maximised; :class:`~pyro_nf.vi.objectives.ELBO` by default.
         patience: Stop after so many steps without a better ELBO; None for never.
         seed: Seed of the fit, None for a fresh one; the global generators are left as they were.
@@ -193,23 +199,23 @@ def fit_svi(
     recipe = recipe if num_particles is None else replace(recipe, num_particles=num_particles)
     if max_steps is None and max_seconds is None:
         max_steps = recipe.max_steps
-    asked_seed, seed = seed, seed_or_fresh("fit_svi", seed)
     args, given = ordinary(args), dict[str, Any](ordinary(dict(kwargs or {})))
     budget = Budget(max_steps, max_seconds, clock)
-    with recording("fit_svi"):
-        with own_randomness(seed):
-            joint = _log_joint(model, args, given, budget, seed)
-        beginning = Beginning(joint, guide, budget, recipe, seed)
+    with recording("fit_svi"), World.joined(SEARCH_SECONDS, is_led=True) as world:
+        own_seed = world.share(lambda: seed_or_fresh("fit_svi", seed))
+        with own_randomness(own_seed):
+            joint = world.together(lambda: _log_joint(model, args, given, budget, own_seed))
+        beginning = Beginning(joint, guide, budget, recipe, own_seed, world)
         try:
-            with own_randomness(seed):
+            with own_randomness(own_seed):
                 guide = beginning.find(checkpoint, compile)
                 stages = beginning.stages(objective)
                 validate = None if objective else beginning.validation()
         except KeyboardInterrupt:
-            with own_randomness(seed):
+            with own_randomness(own_seed):
                 guide = beginning.cut_short()
             return _fit(guide, History(stopped="interrupted"), beginning)
-        if progress:
+        if progress and world.is_first:
             tqdm.write(f"fit_svi: {beginning.choice}", file=sys.stderr)
         settings = settings_of(joint, guide.count_components, beginning.recipe, objective)
         if checkpoint is not None:
@@ -223,7 +229,7 @@ def fit_svi(
             validate=validate,
             patience=patience,
             average=recipe.average,
-            seed=asked_seed,
+            seed=seed,
             progress=progress,
             metric="-ELBO",
             checkpoint=checkpoint,

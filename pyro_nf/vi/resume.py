@@ -17,9 +17,9 @@ from pyro_nf._storage import load_tensors, save_tensors
 from pyro_nf.guides.joint_flow import JointFlow, has_part, modules_of_old, with_part_names
 from pyro_nf.guides.recentre import Recentre
 from pyro_nf.model.joint import LogJoint
-from pyro_nf.train.checkpoint import KIND, load_fit
-from pyro_nf.train.digest import architecture, digest
 from pyro_nf.train.randomness import own_randomness
+from pyro_nf.train.saved.checkpoint import KIND, load_fit
+from pyro_nf.train.saved.digest import architecture, digest
 from pyro_nf.vi.objectives import ELBO, Objective
 from pyro_nf.vi.recipe import PosteriorRecipe
 

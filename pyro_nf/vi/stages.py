@@ -18,8 +18,8 @@ from pyro_nf.model.joint import LogJoint
 from pyro_nf.model.metered import Metered
 from pyro_nf.ops.recording import process_seconds
 from pyro_nf.search.mixtures import mixture_draws
-from pyro_nf.train.loop import Stage, adam, warm_cosine
 from pyro_nf.train.randomness import own_randomness
+from pyro_nf.train.stages import Stage, adam, warm_cosine
 from pyro_nf.transforms.elementwise import Elementwise
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh
 from pyro_nf.vi.gradients import (

@@ -14,9 +14,9 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.recipes import realnvp
 from pyro_nf.flows.student import StudentT
 from pyro_nf.testing import check_flow, randomize
-from pyro_nf.train.density import fit_density
-from pyro_nf.train.start import MixtureBase, Standardised, StudentTails
-from pyro_nf.train.table import units_of
+from pyro_nf.train.density.fit import fit_density
+from pyro_nf.train.density.start import MixtureBase, Standardised, StudentTails
+from pyro_nf.train.density.table import units_of
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.univariate.affine import Affine
 from tests.cases import BOARD, Flatten, Squeeze, small_conv

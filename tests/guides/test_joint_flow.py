@@ -16,8 +16,8 @@ from pyro_nf._storage import load_tensors, save_tensors
 from pyro_nf.guides.joint_flow import modules_of_old, with_part_names
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.testing import randomize
-from pyro_nf.train.checkpoint import KIND
-from pyro_nf.train.digest import digest
+from pyro_nf.train.saved.checkpoint import KIND
+from pyro_nf.train.saved.digest import digest
 from tests.cases import numbered
 
 F64 = torch.float64

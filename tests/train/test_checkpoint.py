@@ -15,8 +15,10 @@ from torch import nn
 
 from pyro_nf import _storage
 from pyro_nf._storage import check_same_tensors, load_tensors, save_tensors
-from pyro_nf.train.digest import digest
-from pyro_nf.train.loop import Minibatches, Stage, adam, train
+from pyro_nf.train.batches import Minibatches
+from pyro_nf.train.loop import train
+from pyro_nf.train.saved.digest import digest
+from pyro_nf.train.stages import Stage, adam
 
 
 def run(path, width: int = 3, **options: object):
@@ -141,7 +143,7 @@ def test_14_batches_are_compared(tmp_path):
 
 DIGESTS = """
 import functools, numpy as np, torch
-from pyro_nf.train.digest import digest
+from pyro_nf.train.saved.digest import digest
 generator = torch.Generator().manual_seed(0)
 values = [
     torch.randn(3, 2, generator=generator), {"b": 1, "a": [None, True, "x"]}, {"x", "y", "z"},

@@ -14,9 +14,9 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import gaussian, maf, nice, nsf, realnvp
 from pyro_nf.flows.student import StudentT
-from pyro_nf.train.baselines import GaussianCopula, fit_gaussian_mixture
-from pyro_nf.train.density import fit_density
-from pyro_nf.train.start import AsGiven, Standardised, Whitened
+from pyro_nf.train.density.baselines import GaussianCopula, fit_gaussian_mixture
+from pyro_nf.train.density.fit import fit_density
+from pyro_nf.train.density.start import AsGiven, Standardised, Whitened
 from pyro_nf.transforms.linear import LULinear
 
 

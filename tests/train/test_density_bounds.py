@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, Poisson
 
 from pyro_nf.flows.flow import Flow
-from pyro_nf.train.density import fit_density
+from pyro_nf.train.density.fit import fit_density
 from pyro_nf.transforms.affine import LowerAffine
 from pyro_nf.transforms.coupling import affine_coupling
 from pyro_nf.transforms.elementwise import Elementwise, spline

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.recipes import nice
-from pyro_nf.train import density, table
-from pyro_nf.train import start as starts
-from pyro_nf.train.density import DensityFit, fit_density
+from pyro_nf.train.density import fit as density
+from pyro_nf.train.density import source, table, work
+from pyro_nf.train.density import start as starts
+from pyro_nf.train.density.fit import fit_density
+from pyro_nf.train.density.recipe import DensityFit, DensityRecipe
 from pyro_nf.transforms.base import Chain, FlowTransform
 
 
@@ -70,17 +72,17 @@ def test_15_ctrl_c_at_any_reading_of_the_clock_returns_a_usable_flow():
 
 PHASES = {
     "checks of rows": (table, "_median_and_spread"),
-    "units": (density, "units_of"),
+    "units": (source, "units_of"),
     "repeated values": (density, "warn_of_repeated_values"),
     "start": (starts.Standardised, "__call__"),
     "second start": (starts.Whitened, "__call__"),
     "tails": (starts.StudentTails, "__call__"),
     "mixture": (starts, "fit_gaussian_mixture"),
-    "copula": (density, "GaussianCopula"),
-    "race or training": (density, "train"),
-    "a loss": (density, "_mean_loss"),
-    "putting back": (density._State, "put_back"),
-    "the last loss": (density._Work, "_final_loss"),
+    "copula": (work, "GaussianCopula"),
+    "race or training": (work, "train"),
+    "a loss": (work, "mean_loss"),
+    "putting back": (work.State, "put_back"),
+    "the last loss": (work.Work, "_final_loss"),
 }
 
 
@@ -102,7 +104,7 @@ def test_15_ctrl_c_in_every_phase_returns_the_best_so_far(phase, call, monkeypat
     if calls[0] >= call:
         check_usable(fit, x)
     if fit.starts:  # the margin of the mixture aside
-        assert fit.validation <= min(fit.starts.values()) + density.MIXTURE_MARGIN
+        assert fit.validation <= min(fit.starts.values()) + DensityRecipe().mixture_margin
 
 
 def test_15_an_interrupted_refit_leaves_a_trained_flow_as_it_was(monkeypatch):
@@ -158,8 +160,8 @@ def test_8_seconds_hold_for_slow_flows(a_pass, a_row, count):
 
 
 def test_8_em_asks_its_budget_in_its_loops():
-    from pyro_nf.train.baselines import fit_gaussian_mixture
     from pyro_nf.train.budget import Budget
+    from pyro_nf.train.density.baselines import fit_gaussian_mixture
 
     readings = [0]
 

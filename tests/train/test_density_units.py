@@ -13,9 +13,9 @@ from torch import Tensor
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.flows.recipes import gaussian, realnvp
-from pyro_nf.train.density import fit_density
-from pyro_nf.train.start import AsGiven, Whitened
-from pyro_nf.train.table import units_of, warn_of_repeated_values
+from pyro_nf.train.density.fit import fit_density
+from pyro_nf.train.density.start import AsGiven, Whitened
+from pyro_nf.train.density.table import units_of, warn_of_repeated_values
 from pyro_nf.transforms.base import Chain, FlowTransform
 from pyro_nf.transforms.elementwise import Exp, Sigmoid, Tanh
 from pyro_nf.transforms.linear import LULinear

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.train.loop import Minibatches, Stage, adam, train, warm_cosine
+from pyro_nf.train.batches import Minibatches
+from pyro_nf.train.loop import train
+from pyro_nf.train.stages import Stage, adam, warm_cosine
 
 
 class Quadratic(nn.Module):

@@ -23,8 +23,9 @@ from pyro_nf.flows.student import StudentT
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.ops.gradients import derivative
 from pyro_nf.testing import points, randomize
-from pyro_nf.train.loop import Stage, adam, train
+from pyro_nf.train.loop import train
 from pyro_nf.train.modes import exclusive
+from pyro_nf.train.stages import Stage, adam
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.spline import RationalQuadratic

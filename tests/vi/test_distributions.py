@@ -17,7 +17,7 @@ from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.mixture import GaussianMixture
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.testing import randomize
-from pyro_nf.train.loop import adam
+from pyro_nf.train.stages import adam
 from pyro_nf.vi.gradients import GradientEstimator, Reparameterised, StickTheLanding
 from pyro_nf.vi.objectives import (
     ELBO,

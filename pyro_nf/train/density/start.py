@@ -20,8 +20,8 @@ from pyro_nf._checks import (
 )
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.student import StudentT
-from pyro_nf.train.baselines import fit_gaussian_mixture
 from pyro_nf.train.budget import Budget
+from pyro_nf.train.density.baselines import fit_gaussian_mixture
 
 FARTHEST_NORMAL_ROW = 10.0
 """A table with an entry farther out, in units of its column, has heavy tails."""

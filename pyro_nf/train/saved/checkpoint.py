@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_nf._storage import (
     InvalidFile,
@@ -166,6 +166,22 @@ def _read_state(
         generators=parts["generator"],
         values=header,
     )
+
+
+def copied(module: nn.Module, device: str | None = None) -> dict[str, Tensor]:
+    """A copy of a module's state.
+
+    Args:
+        module: The module.
+        device: Where to; by default each tensor stays where it is.
+    """
+    tensors = {name: t for name, t in module.state_dict().items() if torch.is_tensor(t)}
+    return {name: t.detach().to(device or t.device, copy=True) for name, t in tensors.items()}
+
+
+def put_into(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a module a state."""
+    module.load_state_dict(state, strict=False)
 
 
 def _agree(saved: Any, now: Any) -> bool:

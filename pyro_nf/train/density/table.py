@@ -57,6 +57,14 @@ class Table:
     def __len__(self) -> int:
         return len(self.y)
 
+    def to(self, like: Tensor) -> Table:
+        """With the dtype and device of another tensor; what an embedding takes keeps its dtype."""
+        context = self.context
+        if context is not None:
+            is_real = context.is_floating_point()
+            context = context.detach().to(like if is_real else like.device)
+        return Table(self.y.detach().to(like), context)
+
     def first(self, count: int) -> Table:
         """The first rows."""
         return Table(self.y[:count], None if self.context is None else self.context[:count])
@@ -180,6 +188,21 @@ def read_table(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> Tabl
         TypeError: If they are not floating tensors.
         ValueError: If a shape is wrong, or a column is not finite or loses its digits.
     """
+    check_rows_of(name, flow, y, context)
+    y = _in_dtype_of(flow, name, y)
+    what = "context" if name == "x" else f"the contexts of {name}"
+    return Table(y, None if context is None else _in_dtype_of(flow, what, context))
+
+
+def check_rows_of(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> None:
+    """Raises unless rows and contexts have the shapes that a flow takes.
+
+    Args:
+        name: What the rows are called in messages.
+        flow: The flow that they are for.
+        y: Rows.
+        context: Their contexts, or None.
+    """
     check_events("fit_density", name, y, flow.event_shape)
     if flow.embed is None or context is None:
         check_context("fit_density", context, flow.context_dim)
@@ -192,12 +215,10 @@ def read_table(name: str, flow: Flow, y: Tensor, context: Tensor | None) -> Tabl
                 f"fit_density: {name} has {len(y)} rows, but context has shape "
                 f"{tuple(context.shape)}; wanted {shape}."
             )
-    y = _in_dtype_of(flow, name, y)
-    what = "context" if name == "x" else f"the contexts of {name}"
-    return Table(y, None if context is None else _in_dtype_of(flow, what, context))
 
 
 def _in_dtype_of(flow: Flow, name: str, values: Tensor) -> Tensor:
+    """Values with the dtype and device of a flow; raises if they are not finite or lose digits."""
     values = values.detach()
     like = next(flow.parameters(), values)
     if not values.is_floating_point():  # what an embedding may take, as tokens
@@ -269,11 +290,11 @@ def check_inside(name: str, values: Tensor, space: Constraint) -> None:
         if space.is_discrete:
             raise ValueError(
                 f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} "
-                f"{_at(place)}, but the flow makes whole numbers ({space}); "
+                f"{at(place)}, but the flow makes whole numbers ({space}); "
                 f"{_count_rows(outside)} such row(s) in all. Round, drop or correct them."
             )
         raise ValueError(
-            f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} {_at(place)}, "
+            f"fit_density: row {place[0]} of {name} is {values[place].item():.9g} {at(place)}, "
             f"but the flow maps onto {describe(space)}, whose ends have no density "
             f"({_count_rows(outside)} such row(s) in all). Drop or correct the row, move it "
             "inside by less than the rounding of the data, or end the flow with another map."
@@ -294,7 +315,7 @@ def check_nothing_far(name: str, values: Tensor, units: FixedAffine) -> None:
         place = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
         noun = _noun(values)
         raise ValueError(
-            f"fit_density: row {place[0]} of {name} is {values[place].item():.4g} {_at(place)}, "
+            f"fit_density: row {place[0]} of {name} is {values[place].item():.4g} {at(place)}, "
             f"{distance[place].item():.1g} times the spread of that {noun} from the others "
             f"({_count_rows(far)} such row(s) in all). Drop or correct the row, or take the "
             f"logarithm of the {noun}."
@@ -306,7 +327,7 @@ def _count_rows(which: Tensor) -> int:
     return int(which.flatten(1).any(1).sum())
 
 
-def _at(place: tuple[int, ...]) -> str:
+def at(place: tuple[int, ...]) -> str:
     """Where an entry is in its row, in words."""
     return f"in column {place[1]}" if len(place) == 2 else f"at {place[1:]}"
 
@@ -342,7 +363,7 @@ def warn_of_repeated_values(y: Tensor) -> None:
             "the loss falls without bound as peaks form on those values, says little, and draws "
             "fall on the peaks. Add noise of the size of the rounding, for example "
             "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -356,3 +377,47 @@ def _columns(which: Tensor, table: str, values: Tensor) -> str:
 
 
 _MOST_NAMED = 8
+
+
+# Rows are known again by a number made of their bits, so that a loader may shuffle them.
+
+
+def _keys(table: Table) -> Tensor:
+    """A number for each row and its context, the same wherever the row is met."""
+    keys = table.y.new_zeros(len(table), dtype=torch.int64)
+    for values in (table.y, table.context):
+        if values is not None:
+            bits = (
+                values.reshape(len(values), -1).contiguous().view(_INTEGERS[values.element_size()])
+            )
+            generator = torch.Generator().manual_seed(bits.shape[1])
+            factors = torch.randint(2**62, bits.shape[1:], generator=generator).to(bits.device)
+            keys = 31 * keys + (bits.long() * (2 * factors + 1)).sum(1)
+    return keys
+
+
+def distinct(table: Table) -> Table:
+    """Each row once."""
+    keys, order = _keys(table).sort()
+    is_new = torch.ones_like(keys, dtype=torch.bool)
+    is_new[1:] = keys[1:] != keys[:-1]
+    return table.take(order[is_new])
+
+
+def keys_of_single_rows(held_out: Table, whole: Table) -> Tensor:
+    """Sorted keys of the rows of which there is but one."""
+    keys, counts = _keys(whole).unique(return_counts=True)
+    mine = _keys(held_out)
+    return mine[counts[torch.searchsorted(keys, mine)] == 1].sort().values
+
+
+def without(table: Table, known: Tensor | None) -> Table:
+    """The rows whose keys are not among the known ones, which are sorted."""
+    if known is None or len(known) == 0 or len(table) == 0:
+        return table
+    known, keys = known.to(table.y.device), _keys(table)
+    place = torch.searchsorted(known, keys).clamp_max(len(known) - 1)
+    return table.take((known[place] != keys).nonzero().flatten())
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
