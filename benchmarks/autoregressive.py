@@ -37,7 +37,7 @@ from benchmarks.timing import (
 from pyro_nf import flows
 from pyro_nf.flows.flow import Flow
 from pyro_nf.transforms.autoregressive import Autoregressive
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.spline import RationalQuadratic
 

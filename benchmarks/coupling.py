@@ -30,7 +30,7 @@ from benchmarks.autoregressive import (
 )
 from benchmarks.timing import Figure, add_to, conditions, interleave, one_thread, table
 from pyro_nf.flows.flow import Flow
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.univariate.base import UnivariateMap

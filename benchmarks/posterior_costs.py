@@ -39,7 +39,7 @@ from pyro_nf.sites.latents import init_anywhere
 from pyro_nf.train.stages import adam
 from pyro_nf.transforms.affine import FixedAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.univariate.affine import Affine
 from pyro_nf.vi.fit import fit_svi
 from pyro_nf.vi.gradients import Reparameterised, StickTheLanding

@@ -43,7 +43,8 @@ from pyro_nf.ops.spaces import describe, is_within
 from pyro_nf.transforms.affine import FixedAffine, with_unit_triangles
 from pyro_nf.transforms.base import FlowTransform, indented
 from pyro_nf.transforms.kinds import LogProbKind, in_words
-from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform
+from pyro_nf.transforms.stochastic import StochasticTransform
+from pyro_nf.transforms.stochastic_chain import StochasticChain
 
 P = ParamSpec("P")
 

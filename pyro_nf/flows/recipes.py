@@ -9,7 +9,8 @@ from torch import nn
 from pyro_nf._checks import check_count, check_counts, check_dims, check_flag, check_positive
 from pyro_nf.flows.flow import Flow, recipe
 from pyro_nf.transforms.autoregressive import Autoregressive
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.transforms.elementwise import Elementwise
 from pyro_nf.transforms.linear import ActNorm, LULinear

@@ -21,8 +21,10 @@ from pyro_nf.search.gaussians import MAX_FULL_DIM
 from pyro_nf.search.mixtures import whitened
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine
-from pyro_nf.transforms.base import Chain, FlowTransform
-from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform, chained
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
+from pyro_nf.transforms.stochastic import StochasticTransform
+from pyro_nf.transforms.stochastic_chain import StochasticChain, chained
 
 T = TypeVar("T")
 Layers: TypeAlias = FlowTransform | StochasticTransform

@@ -13,7 +13,8 @@ from pyro_nf.search.gaussians import MAX_FULL_DIM
 from pyro_nf.search.start import GaussianStart
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
 from pyro_nf.transforms.autoregressive import Autoregressive
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.elementwise import Elementwise
 from pyro_nf.univariate.affine import Affine, SmoothAffine
 from pyro_nf.univariate.sinh_arcsinh import SinhArcsinh

@@ -25,7 +25,8 @@ from pyro_nf.testing.cases import (
     seeded,
 )
 from pyro_nf.transforms.base import FlowTransform
-from pyro_nf.transforms.stochastic import StochasticChain, StochasticLayer, StochasticTransform
+from pyro_nf.transforms.stochastic import StochasticLayer, StochasticTransform
+from pyro_nf.transforms.stochastic_chain import StochasticChain
 
 
 def _given(
@@ -240,7 +241,7 @@ def check_stochastic(transform: StochasticTransform) -> None:
 
     Example:
         >>> from pyro_nf.transforms.linear import LULinear
-        >>> from pyro_nf.transforms.stochastic import StochasticChain
+        >>> from pyro_nf.transforms.stochastic_chain import StochasticChain
         >>> check_stochastic(StochasticChain([LULinear(3)]))
     """
     check_kind("check_stochastic", "transform", transform, StochasticTransform)

@@ -6,7 +6,8 @@ from pyro_nf.transforms.autoregressive import (
     affine_autoregressive,
     spline_autoregressive,
 )
-from pyro_nf.transforms.base import Chain, Conditioned, FlowTransform, Inverse
+from pyro_nf.transforms.base import Conditioned, FlowTransform, Inverse
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.coupling import (
     Coupling,
     additive_coupling,
@@ -27,11 +28,8 @@ from pyro_nf.transforms.elementwise import (
 from pyro_nf.transforms.linear import ActNorm, LULinear
 from pyro_nf.transforms.permutation import Permutation
 from pyro_nf.transforms.planar import Planar, Radial
-from pyro_nf.transforms.stochastic import (
-    StochasticChain,
-    StochasticLayer,
-    StochasticTransform,
-)
+from pyro_nf.transforms.stochastic import StochasticLayer, StochasticTransform
+from pyro_nf.transforms.stochastic_chain import StochasticChain
 
 __all__ = [
     "ActNorm",

@@ -13,7 +13,8 @@ from pyro_nf.nn.conditioner import Conditioner, in_one_batch, network_of
 from pyro_nf.nn.mlp import MLP, Constant
 from pyro_nf.ops.layout import features_first, in_columns, sum_event
 from pyro_nf.ops.spaces import describe, over_events
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.univariate.affine import Additive, Affine
 from pyro_nf.univariate.base import HINT, UnivariateMap
 from pyro_nf.univariate.spline import RationalQuadratic

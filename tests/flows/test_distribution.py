@@ -22,7 +22,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.nn.masked import MaskedNet
 from pyro_nf.nn.mlp import MLP
 from pyro_nf.testing import randomize
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from tests.cases import CONTEXT_DIM, RECIPES
 
 F64 = torch.float64

@@ -27,11 +27,12 @@ from pyro_nf.testing import (
     ladj_is_autograds,
     randomize,
 )
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.coupling import affine_coupling
 from pyro_nf.transforms.elementwise import spline
 from pyro_nf.transforms.linear import LULinear
-from pyro_nf.transforms.stochastic import StochasticChain, StochasticTransform, chained
+from pyro_nf.transforms.stochastic import StochasticTransform
+from pyro_nf.transforms.stochastic_chain import StochasticChain, chained
 from tests.stochastic_layers import (
     Abs,
     Argmax,

@@ -23,7 +23,7 @@ from pyro_nf.flows import flow as flow_module
 from pyro_nf.flows.base import Base, DiagonalNormal
 from pyro_nf.flows.flow import Flow, recipe
 from pyro_nf.testing import randomize
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from tests.cases import CONTEXT_DIM, RECIPES
 
 ELSEWHERE = """

@@ -20,7 +20,7 @@ from pyro_nf.train.density import source
 from pyro_nf.train.density.fit import fit_density
 from pyro_nf.train.density.recipe import DensityFit, DensityRecipe
 from pyro_nf.train.density.start import AsGiven, Whitened
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.elementwise import Elementwise, Sigmoid
 from pyro_nf.univariate.affine import Affine
 

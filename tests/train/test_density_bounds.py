@@ -14,7 +14,7 @@ from pyro_nf.train.density.fit import fit_density
 from pyro_nf.transforms.affine import LowerAffine
 from pyro_nf.transforms.coupling import affine_coupling
 from pyro_nf.transforms.elementwise import Elementwise, spline
-from pyro_nf.transforms.stochastic import StochasticChain
+from pyro_nf.transforms.stochastic_chain import StochasticChain
 from pyro_nf.univariate.affine import Affine
 from tests.stochastic_layers import Abs, Augment, Noise, Rounded, TracedLinear
 

@@ -15,7 +15,8 @@ from pyro_nf.train.density import source, table, work
 from pyro_nf.train.density import start as starts
 from pyro_nf.train.density.fit import fit_density
 from pyro_nf.train.density.recipe import DensityFit, DensityRecipe
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
 
 
 def rows(count: int = 60) -> Tensor:

@@ -16,7 +16,8 @@ from pyro_nf.flows.recipes import gaussian, realnvp
 from pyro_nf.train.density.fit import fit_density
 from pyro_nf.train.density.start import AsGiven, Whitened
 from pyro_nf.train.density.table import units_of, warn_of_repeated_values
-from pyro_nf.transforms.base import Chain, FlowTransform
+from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.elementwise import Exp, Sigmoid, Tanh
 from pyro_nf.transforms.linear import LULinear
 

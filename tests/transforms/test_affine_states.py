@@ -6,7 +6,7 @@ import torch
 from pyro_nf.flows.flow import Flow
 from pyro_nf.testing import randomize
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, with_unit_triangles
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from tests.cases import as_older
 
 F64 = torch.float64

@@ -13,7 +13,7 @@ from pyro_nf.flows.flow import Flow
 from pyro_nf.ops.spaces import at_ends
 from pyro_nf.testing import points, randomize
 from pyro_nf.transforms.autoregressive import Autoregressive
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.transforms.coupling import Coupling
 from pyro_nf.univariate.fixed import Sigmoid
 from pyro_nf.univariate.spline import RationalQuadratic

@@ -21,7 +21,7 @@ from pyro_nf.testing import check_guide, randomize
 from pyro_nf.transforms.affine import LowerAffine
 from pyro_nf.transforms.autoregressive import affine_autoregressive
 from pyro_nf.transforms.base import FlowTransform
-from pyro_nf.transforms.stochastic import StochasticChain, chained
+from pyro_nf.transforms.stochastic_chain import StochasticChain, chained
 from pyro_nf.vi.gradients import Reparameterised, StickTheLanding, gradient_for
 from pyro_nf.vi.objectives import ELBO, ImportanceWeightedELBO
 from tests.stochastic_layers import Augment, Die, Metropolis, Noise, TracedLinear

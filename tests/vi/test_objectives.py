@@ -13,7 +13,7 @@ from pyro_nf.flows.recipes import iaf, maf, planar, realnvp
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.search.mixtures import mixture_draws, mixture_of
 from pyro_nf.transforms.affine import FixedAffine, LowerAffine, LowRankAffine
-from pyro_nf.transforms.base import Chain
+from pyro_nf.transforms.chain import Chain
 from pyro_nf.vi.gradients import Reparameterised, StickTheLanding
 from pyro_nf.vi.objectives import ELBO, ForwardKL, ImportanceWeightedELBO, TemperedELBO
 from tests import reference_models as targets
