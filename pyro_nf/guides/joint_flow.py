@@ -196,8 +196,8 @@ def joint_flow(
     f, base = (made.transform_in_units(), made.base) if isinstance(made, Flow) else (made, None)
     if not isinstance(f, (FlowTransform, StochasticTransform)):
         raise TypeError(
-            "AutoFlow: flow(latent_dim) must return a Flow, a FlowTransform or a "
-            f"StochasticTransform, got {type(made).__name__}."
+            "AutoFlow: flow(latent_dim) must return a Flow or a FlowTransform, or a "
+            f"StochasticTransform; got {type(made).__name__}."
         )
     if f.context_dim or f.output_shape not in (None, loc.shape):
         raise ValueError(

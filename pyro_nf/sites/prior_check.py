@@ -16,8 +16,8 @@ from pyro_nf.sites.layout import LatentSite
 from pyro_nf.sites.supports import bijection
 from pyro_nf.train.budget import Budget
 
-# How many points of the unconstrained space are looked at, and how far from the initial one.
-_COUNT, _SPREAD = 3, 1.0
+# To which sides of the initial point one looks, and how far from it at least, in one coordinate.
+_SIDES, _SHIFT = (1.0, -1.0, 1.0), 1.5
 
 
 class _Validated(Messenger):
@@ -53,6 +53,11 @@ def _problem(name: str, fn: Any, u: Tensor) -> str:
     return f"its prior log density there is {float(log_prob[~log_prob.isfinite()].flatten()[0])}"
 
 
+def _distance(u: Tensor) -> Tensor:
+    """How far to go from the coordinates of a site: of many, each less far."""
+    return torch.randn_like(u).abs() + _SHIFT / max(u.numel(), 1) ** 0.5
+
+
 def check_priors(
     model: Model,
     args: tuple[Any, ...],
@@ -83,9 +88,9 @@ def check_priors(
     values = dict(fixed) | {name: nodes[name]["value"] for name in sites}
     points = {name: sites[name].transform.inv(values[name]).detach() for name in sites}
 
-    def looked_at(spread: float) -> _Validated | None:
-        """A run at points so far from the initial one; None if the rest of the model fails."""
-        moved = {name: u + spread * torch.randn_like(u) for name, u in points.items()}
+    def looked_at(side: float) -> _Validated | None:
+        """A run at points on that side of the initial one; None if the rest of the model fails."""
+        moved = {name: u + side * _distance(u) for name, u in points.items()}
         run = _Validated(values, moved)
         try:
             with torch.no_grad(), pyro.validation_enabled(True), poutine.block(), run:
@@ -94,10 +99,10 @@ def check_priors(
             return run if run.problems else None
         return run
 
-    for i in range(_COUNT):
+    for i, side in enumerate(_SIDES):
         if i and budget.has_seconds and budget.is_spent():
             break
-        run = looked_at(_SPREAD)
+        run = looked_at(side)
         if run is None:
             return
         if run.problems:
