@@ -211,16 +211,16 @@ def fit_svi(
                 guide = beginning.find(checkpoint, compile)
                 stages = beginning.stages(objective)
                 validate = None if objective else beginning.validation()
+            settings = settings_of(joint, guide.count_components, beginning.recipe, objective)
+            if checkpoint is not None:
+                settings |= marks_of(joint)
+                beginning.renew_checkpoint(settings)
         except KeyboardInterrupt:
             with own_randomness(own_seed):
                 guide = beginning.cut_short()
             return _fit(guide, History(stopped="interrupted"), beginning)
         if progress and world.is_first:
             tqdm.write(f"fit_svi: {beginning.choice}", file=sys.stderr)
-        settings = settings_of(joint, guide.count_components, beginning.recipe, objective)
-        if checkpoint is not None:
-            settings |= marks_of(joint)
-            beginning.renew_checkpoint(settings)
         history = train(
             guide.flow,
             stages,
