@@ -243,6 +243,9 @@ class StochasticFlowDistribution(dist.TorchDistribution):
                 f"{me}: value has an estimated log density, and the mean of exponentials wants "
                 "an exact one or a bound; average log_prob itself."
             )
+        lead = value.shape[: value.dim() - len(self.event_shape)]
+        batch_shape = torch.broadcast_shapes(lead, self.batch_shape)
+        value = value.expand(batch_shape + value.shape[len(lead) :])
         each = self.log_prob(value.expand(num_samples, *value.shape).clone())
         return each.logsumexp(0) - math.log(num_samples)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -14,6 +14,24 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.sites.improper import masked_priors
 from pyro_nf.sites.supports import is_pushed
+
+
+def own_model(guide: AutoContinuous | AutoNormal) -> Callable[..., Any]:
+    """The model that a guide was built for.
+
+    Args:
+        guide: The guide.
+
+    Raises:
+        TypeError: If it has none any more, since it was unpickled.
+    """
+    try:
+        return cast("Callable[..., Any]", getattr(guide, "plain_model", None) or guide.model)
+    except TypeError:
+        raise TypeError(
+            f"Posterior: the {type(guide).__name__} has no model, since models are not pickled "
+            "with guides; pass model= too."
+        ) from None
 
 
 def joint_of(

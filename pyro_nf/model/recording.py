@@ -29,6 +29,9 @@ class Recordings:
     def __init__(self) -> None:
         self._replays: dict[tuple[int, torch.dtype], ValueAndGrad] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"_replays": {}}  # graphs can hardly be pickled, and are made again
+
     def has(self, batch_size: int, dtype: torch.dtype) -> bool:
         """Whether there is one for batches of this size."""
         return (batch_size, dtype) in self._replays

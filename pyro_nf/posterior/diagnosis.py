@@ -18,6 +18,8 @@ Verdict = Literal["good", "one piece as far as was seen", "use the weights", "do
 
 # Above this k-hat the weights have no reliable mean (Vehtari et al., 2024).
 KHAT_LIMIT = 0.7
+# Above this one they are estimated to have no mean at all.
+KHAT_NO_MEAN = 1.0
 # An effective share of draws above which a large k-hat is the noise of nearly equal weights.
 ESS_NEARLY_ALL = 0.9
 # A guide is good as it is within so many nats, posterior sds, and relative error of an sd.
@@ -223,7 +225,8 @@ def judge(
         serious.append("the evidence is not finite")
     if misses:
         serious.append(f"the guide misses about {found.missed_mass:.0%} of the mass")
-    if not (weights.khat < KHAT_LIMIT or (share > ESS_NEARLY_ALL and vouched)):
+    even = share > ESS_NEARLY_ALL and weights.khat < KHAT_NO_MEAN
+    if not (weights.khat < KHAT_LIMIT or (even and vouched)):
         serious.append(f"k-hat is {weights.khat:.2f}, the weights have no reliable mean")
     if failed > FAILED:
         serious.append(f"{failed:.0%} of the draws have no finite density")

@@ -25,7 +25,7 @@ from pyro_nf._checks import (
 )
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.guides.guide import AutoFlow
-from pyro_nf.guides.pyro_guides import expect_coordinates, joint_of, law_of
+from pyro_nf.guides.pyro_guides import expect_coordinates, joint_of, law_of, own_model
 from pyro_nf.model.joint import LogJoint
 from pyro_nf.posterior.diagnosis import Diagnosis, check_sites, check_unchanged, judge
 from pyro_nf.posterior.predict import (
@@ -112,9 +112,7 @@ class Posterior(ShownDraws):
             )
         check_kind("Posterior", "guide", guide, (AutoContinuous, AutoNormal))
         if joint is None:
-            mine = guide.plain_model if isinstance(guide, AutoFlow) else None
-            own = guide.model if mine is None else mine
-            check_arguments("Posterior", own if model is None else model, args, kwargs)
+            check_arguments("Posterior", model or own_model(guide), args, kwargs)
         elif model is not None:
             check_model("Posterior", model)
         check_kind("Posterior", "kwargs", kwargs, Mapping, optional=True)

@@ -153,10 +153,11 @@ def smooth(log_weights: Tensor) -> Weights:
             gaps = np.diff(np.unique(given))
             values = given + gaps.min() * (np.arange(count) * GOLDEN % 1 - 0.5)
             normalized, khat = _psislw(values)
-    # the library normalises; the smallest weight is not smoothed, and gives the scale back
+    # the library normalises; a weight just below the tail is not smoothed, and gives the scale back
     moved = normalized - values
+    below = values.argsort()[-math.ceil(min(count / 5, 3 * math.sqrt(count))) - 2]
     smoothed = raw.clone()
-    smoothed[finite] += torch.from_numpy(moved - moved[values.argmin()])
+    smoothed[finite] += torch.from_numpy(moved - moved[below])
     return Weights(raw, smoothed, khat)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_nf.flows.distribution import FlowDistribution
 from pyro_nf.flows.flow import Flow
+from pyro_nf.transforms.kinds import kind_of
 
 
 class Variational(Protocol):
@@ -120,7 +121,7 @@ def drawn_with_slope(q: Variational, x: Tensor | int) -> tuple[Tensor, Tensor, T
     """Draws with their log density and its slope at fixed parameters, both without a graph."""
     if isinstance(x, Tensor):
         return cast(FlowDistribution, q).push_score(x)
-    if getattr(q, "log_prob_kind", "exact") == "bound":
+    if kind_of(q) == "bound":
         raise TypeError(
             "StickTheLanding: q must have a log density, got a bound (log_prob_kind = 'bound'), "
             "whose slope is another one. Take the plain gradient, as ELBO(Reparameterised())."
@@ -206,5 +207,5 @@ def gradient_for(q: Variational | Flow) -> GradientEstimator:
         >>> gradient_for(Flow(LowerAffine(2)))
         StickTheLanding()
     """
-    is_bound = getattr(q, "log_prob_kind", "exact") == "bound"
+    is_bound = kind_of(q) == "bound"
     return Reparameterised() if is_bound else STICK_THE_LANDING

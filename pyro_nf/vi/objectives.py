@@ -25,7 +25,7 @@ from pyro_nf._checks import (
     check_tensor,
 )
 from pyro_nf.flows.flow import Flow
-from pyro_nf.transforms.kinds import check_exact
+from pyro_nf.transforms.kinds import check_exact, kind_of
 from pyro_nf.vi.gradients import (
     STICK_THE_LANDING,
     DifferentiableLogJoint,
@@ -238,7 +238,7 @@ class ImportanceWeightedELBO(Objective):
             TypeError: If the log density of q is an estimate: exponentials of it are not right on
                 average. A bound is, by the weights of its paths.
         """
-        if getattr(q, "log_prob_kind", "exact") == "estimate":
+        if kind_of(q) == "estimate":
             check_exact("ImportanceWeightedELBO", "q", q, "take ELBO, which takes estimates too")
         if weights is not None:
             raise ValueError("ImportanceWeightedELBO: particles with weights are not supported.")

@@ -468,3 +468,16 @@ def test_batches_of_contexts_and_kinds_of_distribution() -> None:
     assert (y.shape, log_prob.shape) == ((3, 4, 2), (3, 4))
     assert len(set(y.flatten().tolist())) == 24
     assert d.expand((5, 4)).log_prob(y[0]).shape == (5, 4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_importance_weighted_bounds_keep_contexts_apart(count: int) -> None:
+    flow = Flow(randomize(Noise(1, context_dim=1).double()), DiagonalNormal(1).double())
+    contexts = torch.tensor([[-1.0], [0.0], [2.0]], dtype=torch.float64)
+    value = torch.tensor([0.3], dtype=torch.float64)
+    torch.manual_seed(0)
+    together = flow(contexts).importance_weighted_log_prob(value, count)
+    torch.manual_seed(0)
+    apart = flow(contexts).importance_weighted_log_prob(value.expand(3, 1), count)
+    torch.testing.assert_close(together, apart)
+    assert together.shape == (3,)

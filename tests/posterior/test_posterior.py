@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -722,3 +723,37 @@ def test_5_the_prior_of_a_guides_model_can_be_drawn(make) -> None:
     torch.manual_seed(0)
     prior = prior_draws(joint, 2000)
     assert prior.std().item() == pytest.approx(2.0, rel=0.06)
+
+
+@pytest.mark.parametrize("least", [-60.0, -1e3, -1e16, -1e20])
+def test_5_a_draw_of_no_weight_leaves_the_evidence_alone(least: float) -> None:
+    log_weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double() - 50
+    log_weights[0] = least
+    rest = log_weights[1:]
+    expected = float(rest.logsumexp(0)) - math.log(1000)
+    # smoothing moves the largest weights, by as much as it does without that draw
+    moved = smooth(rest).log_evidence - (float(rest.logsumexp(0)) - math.log(999))
+    assert smooth(log_weights).log_evidence == pytest.approx(expected + moved, abs=1e-2)
+
+
+def test_a_guide_that_was_pickled_takes_the_model_again() -> None:
+    guide = AutoFlow(plain).setup()
+    loaded = pickle.loads(pickle.dumps(guide))
+    whole, again = (Posterior.from_guide(g, plain, num_draws=50) for g in (guide, loaded))
+    assert torch.equal(whole.z, again.z)
+    with pytest.raises(TypeError, match=r"AutoFlow has no model.*pass model="):
+        Posterior.from_guide(loaded)
+
+
+def plain() -> None:
+    """A normal site that is seen once."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+
+def test_a_log_joint_with_recordings_is_pickled() -> None:
+    joint = LogJoint(plain)
+    assert joint.record(4, if_faster=False)
+    again = pickle.loads(pickle.dumps(joint))
+    z = torch.randn(4, 1)
+    torch.testing.assert_close(again.value_and_grad(z), joint.value_and_grad(z))

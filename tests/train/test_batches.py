@@ -341,3 +341,38 @@ def test_a_recipe_is_replaced_and_printed() -> None:
     assert "recipe: the default" in str(fit(flow(), table(), max_steps=1))
     with pytest.raises(ValueError, match="DensityRecipe: race_share must"):
         DensityRecipe(race_share=1.5)
+
+
+def bootstrap(x: Tensor) -> Iterator[Tensor]:
+    """Endless batches of rows drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield x[torch.randint(len(x), (40,), generator=generator)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: itertools.cycle(x.split(40)),
+        bootstrap,
+        lambda x: Again(lambda: itertools.islice(bootstrap(x), 50)),
+    ],
+    ids=["cycle", "endless bootstrap", "bootstrap"],
+)
+def test_held_out_rows_that_come_again_are_left_out(make: Callable[[Tensor], Any]) -> None:
+    recipe = DensityRecipe(max_start_rows=2000)
+    rows = source.BatchSource(flow(), make(table(200)), 0.2, 0, recipe)
+    held_out = {tuple(row) for row in rows.held_out.y.tolist()}
+    assert len(held_out) == len(rows.held_out) == 40
+    seen = [
+        row for y, _ in itertools.islice(rows.batches((None, None), 0), 60) for row in y.tolist()
+    ]
+    assert len(seen) > 1000
+    assert not held_out & set(map(tuple, seen))
+
+
+def test_20_repeated_values_of_batches_are_named() -> None:
+    x = torch.randint(0, 3, (800, 2), generator=torch.Generator().manual_seed(0)).float()
+    for batches in (list(x.split(400)), loader(x)):
+        with pytest.warns(UserWarning, match="repeat values"):
+            fit(flow(), batches, max_steps=3)

@@ -74,7 +74,7 @@ def test_15_ctrl_c_at_any_reading_of_the_clock_returns_a_usable_flow():
 PHASES = {
     "checks of rows": (table, "_median_and_spread"),
     "units": (source, "units_of"),
-    "repeated values": (density, "warn_of_repeated_values"),
+    "repeated values": (density, "warn_of_repeats"),
     "start": (starts.Standardised, "__call__"),
     "second start": (starts.Whitened, "__call__"),
     "tails": (starts.StudentTails, "__call__"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_nf.flows.flow import Flow
 from pyro_nf.flows.mixture import GaussianMixture
-from pyro_nf.flows.recipes import gaussian, realnvp
+from pyro_nf.flows.recipes import gaussian, nsf, realnvp
 from pyro_nf.train.density.fit import fit_density
 from pyro_nf.train.density.start import AsGiven, Whitened
 from pyro_nf.train.density.table import units_of, warn_of_repeated_values
@@ -240,3 +240,31 @@ def test_10_a_row_at_an_end_of_the_codomain_is_named(end: FlowTransform, bad: fl
         with pytest.raises(ValueError, match=r"row 7 of validation is .* in column 1"):
             fit(flow, x, validation=validation)
     assert math.isfinite(fit(flow, x, max_steps=2).validation)
+
+
+def test_20_repeated_rows_are_counted():
+    x = draws(300, 2).repeat(5, 1)
+    with pytest.warns(UserWarning, match="only 300 of 1500 rows of x are distinct") as caught:
+        fit(small(), x, max_steps=3, baselines=False)
+    assert (len(caught), caught[0].filename) == (1, __file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(small(), x, max_steps=3, baselines=False, validation=draws(100, 2, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["copy", "sum", "shares"])
+def test_20_columns_that_depend_are_named(kind):
+    x = draws(500, 3)
+    if kind == "shares":
+        x = x.softmax(-1)
+    else:
+        x[:, 2] = x[:, 0] if kind == "copy" else x[:, 0] - 2 * x[:, 1]
+    which = "0, 2" if kind == "copy" else "0, 1, 2"
+    with pytest.warns(UserWarning, match=f"columns {which} of x are linear functions") as caught:
+        fit(nsf(3, count_layers=1), x, max_steps=3, baselines=False)
+    assert (len(caught), caught[0].filename) == (1, __file__)
+    nearly = draws(500, 3)
+    nearly[:, 2] = nearly[:, 0] + 1e-3 * draws(500, 3, seed=5)[:, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(nsf(3, count_layers=1), nearly, max_steps=3, baselines=False)

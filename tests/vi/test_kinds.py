@@ -21,6 +21,7 @@ from pyro_nf.testing import check_guide, randomize
 from pyro_nf.transforms.affine import LowerAffine
 from pyro_nf.transforms.autoregressive import affine_autoregressive
 from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.kinds import kind_of
 from pyro_nf.transforms.stochastic_chain import StochasticChain, chained
 from pyro_nf.vi.gradients import Reparameterised, StickTheLanding, gradient_for
 from pyro_nf.vi.objectives import ELBO, ImportanceWeightedELBO
@@ -219,3 +220,30 @@ def test_an_estimated_ladj_leaves_the_elbo_and_its_gradient_as_they_are(gradient
     allowed = 5 * gap.std(0) / math.sqrt(len(gap)) + 1e-9
     assert bool((gap.mean(0).abs() <= allowed).all())
     assert bool((gap.std(0) > 0).any())
+
+
+WRAPPED: dict[str, Callable[[dist.TorchDistribution], dist.TorchDistribution]] = {
+    "masked": lambda q: q.mask(True),
+    "independent": lambda q: dist.Independent(q, 0),
+    "mapped by torch": lambda q: dist.TransformedDistribution(
+        q, [dist.transforms.AffineTransform(0.0, 1.0, event_dim=1)]
+    ),
+    "mapped": lambda q: dist.TransformedDistribution(q, [LowerAffine(3)]),
+    "mixed": lambda q: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), q.expand([2])),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("kind", ["bound", "estimate"])
+def test_what_is_around_a_bound_is_one(kind: str, wrap: str) -> None:
+    q = WRAPPED[wrap](guide(kind).get_posterior())
+    assert kind_of(q) == kind
+    with pytest.raises(TypeError, match="must have an exact log_prob"):
+        Posterior.from_distribution(q, LogJoint(model), num_draws=5)
+    exact = WRAPPED[wrap](dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    assert kind_of(exact) == "exact"
+
+
+def test_a_map_with_an_estimate_makes_an_estimate() -> None:
+    normal = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    assert kind_of(dist.TransformedDistribution(normal, [TracedLinear(3)])) == "estimate"

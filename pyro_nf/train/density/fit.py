@@ -27,7 +27,7 @@ from pyro_nf.train.budget import Budget
 from pyro_nf.train.density.recipe import DensityFit, DensityRecipe
 from pyro_nf.train.density.source import check_data, source_of
 from pyro_nf.train.density.start import Start
-from pyro_nf.train.density.table import warn_of_repeated_values
+from pyro_nf.train.density.table import warn_of_dependent_columns, warn_of_repeats
 from pyro_nf.train.density.work import Options, Work
 from pyro_nf.train.modes import ordinary, recording
 from pyro_nf.train.stages import History
@@ -195,7 +195,9 @@ def fit_density(
             )
             if world.is_first:
                 if not flow.transform.codomain.is_discrete:
-                    warn_of_repeated_values(source.inspected)
+                    is_share = isinstance(validation, (int, float))
+                    warn_of_repeats(source.inspected, is_share and not source.keeps_apart)
+                    warn_of_dependent_columns(source.inspected.y)
                 decay = recipe.weight_decay(source.count_rows, source.table.y[0].numel())
                 options = replace(
                     options,

@@ -19,6 +19,8 @@ from pyro_nf.train.density.losses import Units, seen
 from pyro_nf.train.density.recipe import DensityRecipe
 from pyro_nf.train.density.table import (
     FARTHEST,
+    FEWEST_DISTINCT,
+    REPEATED_ROWS,
     Table,
     at,
     check_columns_vary,
@@ -50,17 +52,19 @@ class Source(ABC):
         count_rows: How many training rows there are, as far as it is known.
         batch_size: Rows in a batch.
         inspected: Rows in which repeated values are looked for.
+        keeps_apart: Whether no row that is held out is trained on too, even if it comes again.
         keys: Marks of the validation rows that batches may hold too.
         draws: Whether batches may draw from the global generators.
     """
 
     table: Table
     held_out: Table
-    inspected: Tensor
+    inspected: Table
     units: Units
     count_rows: int
     batch_size: int
     keys: Tensor | None = None
+    keeps_apart = False
     draws = False
 
     @abstractmethod
@@ -138,7 +142,7 @@ class TableSource(Source):
         if of_contexts is not None and whole.context is not None:
             check_nothing_far("context", whole.context, of_contexts)
         check_nothing_far("x", whole.y, of_rows)
-        self.inspected, self.count_rows = whole.y, len(self.table)
+        self.inspected, self.count_rows = whole, len(self.table)
         self.batch_size = batch_size or recipe.batch_size(self.count_rows)
 
     def batches(self, units: Units, seed: int) -> Iterable[tuple[Tensor, Tensor | None]]:
@@ -207,14 +211,19 @@ class BatchSource(Source):
             raise self._ended(len(tables))
         read_table("x", self.flow, whole.y, whole.context)  # do the first rows keep their digits?
         cast = whole.to(self._like)
-        self.inspected = distinct(cast).y  # a stream may draw the same rows again
-        self._read(self.flow, cast, validation, seed, recipe.max_final_rows)
+        once = distinct(cast)
+        # a stream may draw the same rows again, some of which would be held out, others trained on
+        most = len(cast) if self.is_iterator else (1 - REPEATED_ROWS) * len(cast)
+        rows = once if FEWEST_DISTINCT <= len(once) < most else cast
+        self.inspected = once if self.is_iterator else cast
+        self.keeps_apart = rows is once
+        self._read(self.flow, rows, validation, seed, recipe.max_final_rows)
         if isinstance(validation, (int, float)):
-            self.keys = keys_of_single_rows(self.held_out, cast)
+            self.keys = keys_of_single_rows(self.held_out, rows)
         for i, table in enumerate(tables):
             self._in_units(i, table.to(self._like), self.units)
         self.batch_size = max(map(len, tables))
-        self.count_rows = len(self.table) if is_all else self._expected(len(tables), len(whole))
+        self.count_rows = len(self.table) if is_all else self._expected(len(tables), len(rows))
 
     def _expected(self, count_batches: int, count_rows: int) -> int:
         """How many rows there are, by the number of batches if it is known."""

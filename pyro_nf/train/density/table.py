@@ -35,6 +35,15 @@ SPIKE_SHARE = 0.01
 REPEATED_SHARE = 0.05
 """So are values that each repeat often and together make up this share of the rows."""
 
+FEWEST_DISTINCT = 100
+"""Of so many distinct rows some are held out, with all that are alike; of fewer, single rows."""
+
+REPEATED_ROWS = 0.2
+"""Rows that are not distinct, as a share, above which held-out ones say too little."""
+
+DEPENDENT, MOST_DEPENDENT = 1e-12, 256
+"""An eigenvalue of the correlations below which columns depend, and the most columns looked at."""
+
 OFTEN = 1 / 500
 FEWEST_REPEATS = 5
 MOST_COUNTED_ROWS = 20_000
@@ -336,13 +345,74 @@ def _noun(values: Tensor) -> str:
     return "channel" if _is_image(values) else "column"
 
 
+def warn_of_repeats(table: Table, is_split: bool) -> None:
+    """Warns of rows, or else of columns, in which the same numbers come again and again.
+
+    Args:
+        table: All rows.
+        is_split: Whether some of them are held out, which others may repeat.
+    """
+    some = table.some(MOST_COUNTED_ROWS)
+    once = distinct(some)
+    is_repeated = FEWEST_DISTINCT <= len(once) < (1 - REPEATED_ROWS) * len(some)
+    if not is_repeated or _notes_of_repeats(once.y):
+        warn_of_repeated_values(table.y)
+    elif is_split:
+        warnings.warn(
+            f"fit_density: only {len(once)} of {len(some)} rows of x are distinct. Rows that are "
+            "held out are trained on too, and the validation loss says too little. Give each row "
+            "once, or validation rows of their own.",
+            stacklevel=3,
+        )
+
+
+def warn_of_dependent_columns(y: Tensor) -> None:
+    """Warns if some columns are a linear function of others: such rows have no density.
+
+    Args:
+        y: Rows, shape ``(N, *event_shape)``; only vectors of a moderate size are looked at.
+    """
+    d = y.shape[-1]
+    if y.dim() != 2 or not 1 < d <= MOST_DEPENDENT:
+        return
+    x = in_double(y[: 4 * d + 1_000])
+    if len(x) < 2 * d:
+        return
+    x = (x - x.mean(0)) / x.std(0).clamp_min(torch.finfo(x.dtype).tiny)
+    values, vectors = torch.linalg.eigh(x.mT @ x / len(x))
+    if float(values[0]) < DEPENDENT:
+        part = vectors[:, 0].abs()
+        which = part > 0.1 * part.max()
+        warnings.warn(
+            f"fit_density: {_columns(which, 'x', y)} linear functions of each other. Such rows "
+            "have no density: the loss falls without bound. Leave one of these columns out.",
+            stacklevel=3,
+        )
+
+
 def warn_of_repeated_values(y: Tensor) -> None:
     """Warns once of all columns in which values repeat so often that narrow peaks are rewarded.
 
     Args:
         y: Rows, shape ``(N, *event_shape)``.
     """
-    notes, noun = [], _noun(y)
+    notes, noun = _notes_of_repeats(y), _noun(y)
+    if notes:
+        what, verb = (noun, "repeats") if len(notes) == 1 else (f"{noun}s", "repeat")
+        shown = ", ".join(notes[:_MOST_NAMED])
+        more = f", and {len(notes) - _MOST_NAMED} more" if len(notes) > _MOST_NAMED else ""
+        warnings.warn(
+            f"fit_density: {what} {shown}{more} of x {verb} values. Such a {noun} has no density: "
+            "the loss falls without bound as peaks form on those values, says little, and draws "
+            "fall on the peaks. Add noise of the size of the rounding, for example "
+            "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
+            stacklevel=4,
+        )
+
+
+def _notes_of_repeats(y: Tensor) -> list[str]:
+    """The columns in which values repeat often, each with its most frequent value."""
+    notes = list[str]()
     for i, column in enumerate(Table(columns_of(y), None).some(MOST_COUNTED_ROWS).y.T):
         value, count = column.unique(return_counts=True)
         most, where = count.max(0)
@@ -354,17 +424,7 @@ def warn_of_repeated_values(y: Tensor) -> None:
                 f"{i} ({len(value)} distinct values, {value[where].item():g} in "
                 f"{100 * most.item() / len(column):.2g} % of the rows)"
             )
-    if notes:
-        what, verb = (noun, "repeats") if len(notes) == 1 else (f"{noun}s", "repeat")
-        shown = ", ".join(notes[:_MOST_NAMED])
-        more = f", and {len(notes) - _MOST_NAMED} more" if len(notes) > _MOST_NAMED else ""
-        warnings.warn(
-            f"fit_density: {what} {shown}{more} of x {verb} values. Such a {noun} has no density: "
-            "the loss falls without bound as peaks form on those values, says little, and draws "
-            "fall on the peaks. Add noise of the size of the rounding, for example "
-            "x + step * (torch.rand_like(x) - 0.5), or fit the rest given that column as context.",
-            stacklevel=3,
-        )
+    return notes
 
 
 def _columns(which: Tensor, table: str, values: Tensor) -> str:
