@@ -239,3 +239,11 @@ def test_one_draw_is_refused() -> None:
     posterior = Posterior.from_guide(guide_at(correlated, torch.zeros(2), 0.8), num_draws=1)
     with pytest.raises(ValueError, match="one draw"):
         posterior.diagnose()
+
+
+@pytest.mark.parametrize(("khat", "verdict"), [(0.95, "good"), (1.1, "do not trust")])
+def test_5_weights_without_a_mean_are_not_overruled(khat: float, verdict: str) -> None:
+    raw = 0.01 * torch.randn(2000, generator=torch.Generator().manual_seed(0)).double()
+    weights = Weights(raw, raw, khat=khat)
+    seen = replace(SEEN, log_evidence=weights.log_evidence)
+    assert judge(weights, seen, [], []).verdict == verdict
