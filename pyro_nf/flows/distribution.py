@@ -49,9 +49,6 @@ class FlowDistribution(dist.TransformedDistribution):
         transform: The map from base to data, with its context filled in.
         owner: The Module whose parameters the density depends on; the transform by default.
 
-    Attributes:
-        log_prob_kind: "exact", or an "estimate" if the transform's ladj is one.
-
     Example:
         >>> import torch
         >>> from pyro_nf.flows.recipes import realnvp

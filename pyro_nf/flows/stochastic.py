@@ -47,9 +47,6 @@ class StochasticFlowDistribution(dist.TorchDistribution):
         transform: From base to data, with its context filled in.
         owner: The Module whose parameters the density depends on; the transform by default.
 
-    Attributes:
-        log_prob_kind: "exact", "estimate" or "bound".
-
     Example:
         >>> import torch
         >>> from torch.distributions import Normal

@@ -70,8 +70,6 @@ class StochasticTransform(nn.Module, ABC):
         random: Which directions draw random numbers: "forward", "inverse", "both" or "neither".
         has_rsample: Whether the draws carry the gradient of their law: they are smooth in what the
             law depends on, or the law depends on nothing that learns.
-        ladj_kind: Whether what the inverse returns makes a log density that is "exact", an
-            "estimate" or a "bound".
 
     Raises:
         ValueError: If a size makes no sense.
