@@ -51,7 +51,7 @@ def joint_of(
         seed: Of the first run.
     """
     init = getattr(guide, "init_loc_fn", init_to_median)
-    own = model or without_init(guide.model)
+    own = without_init(guide.model) if model is None else model
     return LogJoint(own, args, kwargs, init_loc_fn=init, seed=seed)
 
 

@@ -112,7 +112,8 @@ class Posterior(ShownDraws):
             )
         check_kind("Posterior", "guide", guide, (AutoContinuous, AutoNormal))
         if joint is None:
-            check_arguments("Posterior", model or own_model(guide), args, kwargs)
+            own = own_model(guide) if model is None else model
+            check_arguments("Posterior", own, args, kwargs)
         elif model is not None:
             check_model("Posterior", model)
         check_kind("Posterior", "kwargs", kwargs, Mapping, optional=True)
