@@ -321,12 +321,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
         Returns:
             ``x`` of shape ``(N, *event_shape)``.
         """
-        self._check_rows(y, context, whiten)
+        check_start(self, y, context, whiten)
         with torch.no_grad():
             return self.inverse_and_ladj(y, context)[0]
-
-    def _check_rows(self, y: Tensor, context: Tensor | None, whiten: bool) -> None:
-        check_start(self, y, context, whiten)
 
     def condition(self, context: Tensor) -> FlowTransform:
         """This transform with the context filled in; itself if it takes no context."""

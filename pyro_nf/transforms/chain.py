@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 
 from pyro_nf._checks import check_kind, check_listed, size_of
 from pyro_nf.ops.spaces import describe, is_within
-from pyro_nf.transforms.base import Fast, FlowTransform, indented
+from pyro_nf.transforms.base import Fast, FlowTransform, check_start, indented
 from pyro_nf.transforms.kinds import LadjKind, weakest
 
 
@@ -77,18 +77,10 @@ class Chain(FlowTransform):
         return "\n  ".join([f"Chain of {len(parts)}, fast={self.fast!r}", *lines])
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in self._parts():
-            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
-            ladjs.append(ladj)
-        return x, reduce(add, ladjs)
+        return forward_through(self._parts(), x, context)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in reversed(self._parts()):
-            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
-            ladjs.append(ladj)
-        return y, reduce(add, ladjs)
+        return back_through(self._parts(), y, context)
 
     def _push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
@@ -105,13 +97,63 @@ class Chain(FlowTransform):
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
-        self._check_rows(y, context, whiten)
-        for part in reversed(self._parts()):
-            y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
-        return y
+        check_start(self, y, context, whiten)
+        return start_through(self._parts(), y, context, whiten)
 
 
 _MOST_LINES = 12  # of a chain that is printed
+
+
+def forward_through(
+    parts: Sequence[Any], x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """From base to data through parts of either kind, which get the context if they take one.
+
+    Args:
+        parts: Transforms or stochastic transforms in forward order.
+        x: Points on the base side of the first part.
+        context: Of those that take one, or None.
+
+    Returns:
+        ``y``, and the sum of what the parts contribute.
+    """
+    ladjs = []
+    for part in parts:
+        x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
+        ladjs.append(ladj)
+    return x, reduce(add, ladjs)
+
+
+def back_through(parts: Sequence[Any], y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`forward_through`, from data to base.
+
+    Args:
+        parts: Transforms or stochastic transforms in forward order.
+        y: Points on the data side of the last part.
+        context: Of those that take one, or None.
+
+    Returns:
+        ``x``, and the sum of what the parts contribute.
+    """
+    ladjs = []
+    for part in reversed(parts):
+        y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
+        ladjs.append(ladj)
+    return y, reduce(add, ladjs)
+
+
+def start_through(parts: Sequence[Any], y: Tensor, context: Tensor | None, whiten: bool) -> Tensor:
+    """Sets all parts from data, the last one first, and returns the data as the base sees them.
+
+    Args:
+        parts: Transforms or stochastic transforms in forward order.
+        y: Data, the rows first.
+        context: Their contexts, or None.
+        whiten: Whether linear maps remove correlations too.
+    """
+    for part in reversed(parts):
+        y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
+    return y
 
 
 def sizes_of_chain(owner: str, parts: Sequence[Any]) -> tuple[int, Size | None]:

@@ -11,7 +11,7 @@ from pyro_nf._checks import check_count
 from pyro_nf.ops.devices import in_double
 from pyro_nf.ops.gradients import by_hand
 from pyro_nf.ops.layout import in_columns
-from pyro_nf.transforms.base import FlowTransform
+from pyro_nf.transforms.base import FlowTransform, check_start
 
 # A column whose standard deviation is below this counts as constant: it is not blown up to 1.
 _MIN_SD = 1e-6
@@ -106,7 +106,7 @@ class LULinear(FlowTransform):
 
         Without ``whiten``, ``L U`` is only the diagonal of standard deviations.
         """
-        self._check_rows(y, context, whiten)
+        check_start(self, y, context, whiten)
         with torch.no_grad():
             # nearly equal columns need the digits, which Apple's devices do not have
             covariance = shrunk_covariance(in_double(y))
@@ -164,7 +164,7 @@ class ActNorm(FlowTransform):
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
         """Sets the shift to the mean and the scale to the standard deviation of each column."""
-        self._check_rows(y, context, whiten)
+        check_start(self, y, context, whiten)
         with torch.no_grad():
             self.bias.copy_(y.mean(0))
             if len(y) > 1:

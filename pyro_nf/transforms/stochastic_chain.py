@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
-from operator import add
 from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
 from pyro_nf._checks import check_kind, check_listed
 from pyro_nf.transforms.base import FlowTransform, check_start, indented
-from pyro_nf.transforms.chain import Chain, sizes_of_chain
+from pyro_nf.transforms.chain import (
+    Chain,
+    back_through,
+    forward_through,
+    sizes_of_chain,
+    start_through,
+)
 from pyro_nf.transforms.kinds import LogProbKind, weakest
 from pyro_nf.transforms.stochastic import Random, StochasticTransform
 
@@ -71,26 +76,16 @@ class StochasticChain(StochasticTransform):
         return StochasticChain([part.inv for part in reversed(self._parts())])
 
     def _forward_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in self._parts():
-            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
-            ladjs.append(ladj)
-        return x, reduce(add, ladjs)
+        return forward_through(self._parts(), x, context)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        ladjs = []
-        for part in reversed(self._parts()):
-            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
-            ladjs.append(ladj)
-        return y, reduce(add, ladjs)
+        return back_through(self._parts(), y, context)
 
     def start_from_data(
         self, y: Tensor, context: Tensor | None = None, *, whiten: bool = True
     ) -> Tensor:
         check_start(self, y, context, whiten)
-        for part in reversed(self._parts()):
-            y = part.start_from_data(y, context if part.context_dim else None, whiten=whiten)
-        return y
+        return start_through(self._parts(), y, context, whiten)
 
     def __repr__(self) -> str:
         lines = [f"({i}): {indented(repr(part))}" for i, part in enumerate(self._parts())]
