@@ -111,6 +111,10 @@ def khat_in_words(khat: float) -> str:
     return "none: the weights are equal" if khat == -math.inf else f"{khat:.2f}"
 
 
+#: A log weight that far below the largest adds nothing in double precision, however far it is.
+NEGLIGIBLE = 700.0
+
+
 def smooth(log_weights: Tensor) -> Weights:
     """Smooths the tail of importance weights.
 
@@ -145,7 +149,7 @@ def smooth(log_weights: Tensor) -> Weights:
         return Weights(raw, raw, -math.inf)
     if float(tail[-1] - tail[0]) > WIDEST_TAIL:
         return Weights(raw, raw, math.inf)
-    given = values = raw[finite].numpy()
+    given = values = raw[finite].clamp_min(float(raw[finite].max()) - NEGLIGIBLE).numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         normalized, khat = _psislw(values)
         if not (np.isfinite(normalized).all() and math.isfinite(khat)):

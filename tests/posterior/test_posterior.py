@@ -736,6 +736,14 @@ def test_5_a_draw_of_no_weight_leaves_the_evidence_alone(least: float) -> None:
     assert smooth(log_weights).log_evidence == pytest.approx(expected + moved, abs=1e-2)
 
 
+def test_5_most_draws_of_no_weight_leave_the_evidence_alone() -> None:
+    log_weights = torch.full((1000,), -1e20, dtype=torch.float64)
+    count = 95  # as many as are smoothed, of which all are ordinary
+    log_weights[:count] = torch.randn(count, generator=torch.Generator().manual_seed(0)).double()
+    expected = float(log_weights.logsumexp(0)) - math.log(1000)
+    assert smooth(log_weights).log_evidence == pytest.approx(expected, abs=0.1)
+
+
 def test_a_guide_that_was_pickled_takes_the_model_again() -> None:
     guide = AutoFlow(plain).setup()
     loaded = pickle.loads(pickle.dumps(guide))
