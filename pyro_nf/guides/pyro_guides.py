@@ -25,8 +25,9 @@ def own_model(guide: AutoContinuous | AutoNormal) -> Callable[..., Any]:
     Raises:
         TypeError: If it has none any more, since it was unpickled.
     """
+    plain = getattr(guide, "plain_model", None)
     try:
-        return cast("Callable[..., Any]", getattr(guide, "plain_model", None) or guide.model)
+        return cast("Callable[..., Any]", guide.model if plain is None else plain)
     except TypeError:
         raise TypeError(
             f"Posterior: the {type(guide).__name__} has no model, since models are not pickled "

@@ -149,9 +149,11 @@ class Loop(Evaluator):
 
     def over(self, function: Callable[[Tensor], Result], z: Tensor) -> Result:
         results: Any = [function(zi) for zi in z]
-        is_pair = isinstance(results[0], tuple)
-        stacked: Any = tuple(map(torch.stack, zip(*results, strict=True))) if is_pair else None
-        return cast("Result", stacked if is_pair else torch.stack(results))
+        if isinstance(results[0], Tensor):
+            stacked: Any = torch.stack(results)
+        else:
+            stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return cast("Result", stacked)
 
     def single(self, z: Tensor) -> Tensor:
         """log p () of one point (D,); -inf where the numbers of the model fail."""
