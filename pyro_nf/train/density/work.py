@@ -306,7 +306,7 @@ class Work:
             far = FARTHEST_NORMAL_ROW  # rows beyond decide no scale
             rows = Table(rows.y.clamp(-far, far), rows.context)
         rows = embedded(rows, self.flow)
-        # which may draw from the global generators
+        # a start of the user's, and a flow with a bound, may draw from the global generators
         own = type(start) not in _OUR_STARTS or self.flow.log_prob_kind != "exact"
         with own_randomness(self.options.seed) if own else nullcontext():
             start(self.flow, rows.y, rows.context)
@@ -347,7 +347,7 @@ class Work:
         if not math.isnan(loss):
             result.baselines[mixture.name] = loss
         if flow.transform.codomain.is_discrete:
-            return  # of which a copula has no density
+            return  # a copula has no density of whole numbers
         copula_budget = budget.part(recipe.mixture_share / 2)
         copula = GaussianCopula(seen(self.source.table, units).y)
         some = held_out.y[: recipe.max_copula_rows]
@@ -420,7 +420,7 @@ class Work:
     ) -> History:
         """This process's side of it."""
         flow, options = self.flow, self.options
-        # the same without units, which cost nothing so
+        # the rows are in units already, so the flow that is trained needs none
         inner = Flow(flow.transform, flow.base, embed=flow.embed)
         constant = log_scales(flow.units)
 
