@@ -96,7 +96,7 @@ class History:
         That is the best step, or the last one where the fit went back. None if it does not overfit.
         """
         steps, values = self.checked_steps, self.checked_values
-        # the start does not count here either
+        # as in last_gain, the start does not count
         later = [i for i in range(1, len(steps)) if not math.isnan(values[i])]
         if not later:
             return None
