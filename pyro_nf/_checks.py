@@ -445,6 +445,8 @@ def check_event_shape(
 ) -> None:
     """Raises unless ``value`` is a floating tensor ``(..., *event_shape)``; None is any shape."""
     check_floating(owner, name, value)
+    if len(event_shape or ()) == event_dim == 1 and value.shape[-1:] == event_shape:
+        return  # as is the rule
     if value.dim() < event_dim:
         last = "the last one is" if event_dim == 1 else f"the last {event_dim} are"
         raise ValueError(

@@ -90,11 +90,12 @@ class MLP(nn.Module):
         self.rest = nn.Sequential(*layers, _in_place(made_by("MLP", activation)), last)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        check_context("MLP", context, self.context_dim)
+        event_dim = len(self.input_shape)
+        if self.context_dim or context is not None:
+            check_context("MLP", context, self.context_dim)
         if self.input_dim:
-            event_dim = len(self.input_shape)
             check_event_shape("MLP", "x", x, self.input_shape, event_dim)
-            x = flat_event(x, event_dim)
+            x = flat_event(x, event_dim) if event_dim != 1 else x
         if self.context is None:
             batch_shape, h = x.shape[:-1], cast(Linear, self.first)(features_first(x))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Size, Tensor, nn
@@ -111,6 +112,7 @@ class Coupling(FlowTransform):
                 for part in (passing, size - passing)
             )
         self.register_buffer("mask", mask)
+        self.is_masked = mask is not None  # to ask a Module for a buffer takes a microsecond
         self.is_given, count = conditioner is not None, univariate.num_params
         self.net: nn.Module
         if not count or seen.numel() + context_dim == 0:  # nothing to set, or nothing to see
@@ -145,11 +147,12 @@ class Coupling(FlowTransform):
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         event_dim = len(self.event_shape)
-        if self.mask is not None:
-            seen = torch.where(self.mask, value, 0.0)
+        if self.is_masked:
+            mask = cast(Tensor, self.mask)
+            seen = torch.where(mask, value, 0.0)
             image, ladj = direction(value, self._params(seen, context, value))
-            ladj = torch.where(self.mask, 0.0, ladj)
-            return torch.where(self.mask, value, image), sum_event(ladj, event_dim)
+            ladj = torch.where(mask, 0.0, ladj)
+            return torch.where(mask, value, image), sum_event(ladj, event_dim)
         is_vector = event_dim == 1
         value = in_columns(value) if is_vector else value  # as the parameters lie in memory
         first, last = value.split(self.sizes, self.axis)
